@@ -1,0 +1,8 @@
+_import_structure = {
+    **...,
+    "exl3": ["Exl3Linear", "replace_with_exl3_modules"],
+}
+
+if TYPE_CHECKING:
+    ...
+    from .exl3 import Exl3Linear, replace_with_exl3_modules

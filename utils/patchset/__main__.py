@@ -1,0 +1,44 @@
+"""Patch a checkout of Transformers, or refresh what `pip install -e .` installed.
+
+    python utils/patchset CHECKOUT    patch this tree of upstream's in place, wholly or not at all
+    python utils/patchset             after an edit: bring build/tree up to date
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+# Python put the folder itself there, which hides that it is a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from patchset import UPSTREAM, PatchError, build, extension, tree  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python utils/patchset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", nargs="?", type=Path, help=f"the root of a tree of transformers {UPSTREAM}")
+    checkout = parser.parse_args().checkout
+    try:
+        if checkout:
+            plan = tree.patch(checkout)
+            for folder in plan.skipped:
+                print(f"skipped {folder}/: this tree has none")
+            print(f"{checkout}: {len(plan.merged)} files edited, {len(plan.added)} added")
+        else:
+            build.refresh()
+            if build.is_library_stale():
+                print("the kernels' sources have changed: compiling")
+                extension.compile_in_place()
+            print(f"{build.TREE} is up to date")
+    except PatchError as error:
+        print(error, file=sys.stderr)
+        print("error: nothing was written" if checkout else "error: not up to date", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
