@@ -1,7 +1,7 @@
 """Patch a checkout of Transformers, or refresh what `pip install -e .` installed.
 
-    python utils/patchset CHECKOUT    patch this tree of upstream's in place, wholly or not at all
-    python utils/patchset             after an edit: bring build/tree up to date
+python utils/patchset CHECKOUT    patch this tree of upstream's in place, wholly or not at all
+python utils/patchset             after an edit: bring build/tree up to date
 """
 
 import argparse

@@ -55,7 +55,9 @@ def _hunks(edit: str, name: str):
     for index, line in enumerate([*edit.splitlines(), "@@ "], 1):
         if not line.startswith("@@ "):
             if head is None and line.strip():
-                raise PatchError(f"{name}:{index}: the edit must start with a line `@@ before <text>` or `@@ after <text>`")
+                raise PatchError(
+                    f"{name}:{index}: the edit must start with a line `@@ before <text>` or `@@ after <text>`"
+                )
             body.append(line)
             continue
         if head is not None:

@@ -63,11 +63,12 @@ class _Merger:
     inserted: dict[int, Item] = field(default_factory=dict)
 
     def result(self) -> str:
-        data = self.theirs.data
-        # Stable, so that what goes to one place stays in the order of the edit.
-        for offset, text in reversed(sorted(self.inserts, key=lambda insert: insert[0])):
-            data = data[:offset] + text.encode("utf-8") + data[offset:]
-        return data.decode("utf-8")
+        pieces, done = [], 0
+        # The sort is stable: what goes to one place stays in the order of the edit.
+        for offset, text in sorted(self.inserts, key=lambda insert: insert[0]):
+            pieces += [self.theirs.data[done:offset], text.encode("utf-8")]
+            done = offset
+        return b"".join([*pieces, self.theirs.data[done:]]).decode("utf-8")
 
     def misfit(self, item: Item, parent: Item, what: str):
         inside = f" in `{parent.name}`" if parent.name else ""
