@@ -39,13 +39,16 @@ class Sources(sdist):
     def _add_defaults_python(self):
         pass
 
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, [file for file in files if Path(file).parts[0] != "build"])
+
 
 try:
     UPSTREAM_DISTRIBUTION = build.upstream_distribution()
     build.fetch(UPSTREAM_DISTRIBUTION)
     FILES = build.refresh()
-    if (build.TREE / build.LIBRARY).exists() and build.is_library_stale():
-        (build.TREE / build.LIBRARY).unlink()
+    if build.is_library_stale():
+        (REPO / build.TREE / build.LIBRARY).unlink(missing_ok=True)
 except PatchError as error:
     sys.exit(f"error: {error}")
 
@@ -66,7 +69,7 @@ with tempfile.TemporaryDirectory() as scratch:
         name="transformers",
         version=VERSION,
         distclass=Patched,
-        package_dir={"": str((build.TREE / build.SOURCE).relative_to(REPO))},
+        package_dir={"": str(build.TREE / build.SOURCE)},
         packages=list(PACKAGES),
         package_data=PACKAGES,
         include_package_data=False,

@@ -12,7 +12,7 @@ from pathlib import Path
 # Python put the folder itself there, which hides that it is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from patchset import UPSTREAM, PatchError, build, extension, tree  # noqa: E402
+from patchset import REPO, UPSTREAM, PatchError, build, extension, tree  # noqa: E402
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
             if build.is_library_stale():
                 print("the kernels' sources have changed: compiling")
                 extension.compile_in_place()
-            print(f"{build.TREE} is up to date")
+            print(f"{REPO / build.TREE} is up to date")
     except PatchError as error:
         print(error, file=sys.stderr)
         print("error: nothing was written" if checkout else "error: not up to date", file=sys.stderr)

@@ -9,8 +9,9 @@ from pathlib import Path
 from . import REPO, UPSTREAM, VERSION, PatchError, tree
 
 
-PRISTINE = REPO / "build" / "upstream"
-TREE = REPO / "build" / "tree"
+# Relative to the root of the repository.
+PRISTINE = Path("build", "upstream")
+TREE = Path("build", "tree")
 SOURCE = Path("src")
 PACKAGE = SOURCE / "transformers"
 LIBRARY = PACKAGE / "integrations" / "exl3" / "kernels" / ("_cpu.dll" if os.name == "nt" else "_cpu.so")
@@ -35,16 +36,16 @@ def upstream_distribution() -> Distribution:
     return found
 
 
-def fetch(upstream: Distribution):
+def fetch(upstream: Distribution, repo: Path = REPO):
     """Copy the package of `upstream` to build/upstream, from where later refreshes take it."""
     files = [file for file in upstream.files or () if file.parts[0] == "transformers" and file.suffix != ".pyc"]
     if not files:
         raise PatchError(f"transformers {upstream.version} at {upstream.locate_file('')} has no list of its files")
-    _sync(PRISTINE, {SOURCE / file: Path(upstream.locate_file(file)) for file in files}, link=False)
+    _sync(repo / PRISTINE, {SOURCE / file: Path(upstream.locate_file(file)) for file in files}, link=False)
 
 
-def refresh() -> list[Path]:
-    """Bring build/tree up to date with build/upstream and this repository, touching only what changed.
+def refresh(repo: Path = REPO) -> list[Path]:
+    """Bring build/tree up to date with build/upstream and the repository, touching only what changed.
 
     Returns:
         The files of the package, by path in build/tree.
@@ -52,24 +53,24 @@ def refresh() -> list[Path]:
     Raises:
         PatchError: If build/upstream is missing or the patch set does not fit it.
     """
-    init = PACKAGE / "__init__.py"
-    if not (PRISTINE / init).is_file():
-        raise PatchError(f"{PRISTINE} is missing: run `pip install -e .` once")
-    plan = tree.plan(PRISTINE, only=str(PACKAGE))
-    text = plan.merged.get(init) or (PRISTINE / init).read_text("utf-8")
+    pristine, init = repo / PRISTINE, PACKAGE / "__init__.py"
+    if not (pristine / init).is_file():
+        raise PatchError(f"{pristine} is missing: run `pip install -e .` once")
+    plan = tree.plan(pristine, only=str(PACKAGE), repo=repo)
+    text = plan.merged.get(init) or (pristine / init).read_text("utf-8")
     plan.merged[init], count = re.subn(rf'(?m)^__version__ = "{UPSTREAM}"$', f'__version__ = "{VERSION}"', text)
     if count != 1:
-        raise PatchError(f'{PRISTINE / init}: no `__version__ = "{UPSTREAM}"`: run `pip install -e .` again')
-    upstream = {path.relative_to(PRISTINE): path for path in _files(PRISTINE)}
-    _sync(TREE, upstream | plan.added | plan.merged, link=LINKS, keep=LIBRARY)
+        raise PatchError(f'{pristine / init}: no `__version__ = "{UPSTREAM}"`: run `pip install -e .` again')
+    upstream = {path.relative_to(pristine): path for path in _files(pristine)}
+    _sync(repo / TREE, upstream | plan.added | plan.merged, link=LINKS, keep=LIBRARY)
     return sorted(upstream | plan.added)
 
 
-def is_library_stale() -> bool:
+def is_library_stale(repo: Path = REPO) -> bool:
     """Whether the compiled kernels are missing or older than their sources or the flags in setup.edit.py."""
-    library = TREE / LIBRARY
-    sources = [path for path in (REPO / LIBRARY.parent).iterdir() if path.suffix in KERNEL_SOURCES]
-    newest = max(path.stat().st_mtime for path in [*sources, REPO / "setup.edit.py"])
+    library, folder = repo / TREE / LIBRARY, repo / LIBRARY.parent
+    sources = [path for path in folder.rglob("*") if path.suffix in KERNEL_SOURCES]
+    newest = max(path.stat().st_mtime for path in [*sources, repo / "setup.edit.py"])
     return bool(sources) and (not library.is_file() or newest > library.stat().st_mtime)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from . import REPO, PatchError, build
 
 
-def definitions() -> dict:
+def definitions(repo: Path = REPO) -> dict:
     """The names that setup.edit.py defines, which stands by itself as a module too."""
-    return runpy.run_path(str(REPO / "setup.edit.py"))
+    return runpy.run_path(str(repo / "setup.edit.py"))
 
 
-def compile_in_place():
+def compile_in_place(repo: Path = REPO):
     """Compile the kernels into build/tree.
 
     Raises:
@@ -22,14 +22,13 @@ def compile_in_place():
     try:
         from setuptools import Distribution
 
-        names = definitions()
+        names = definitions(repo)
     except ImportError as error:
         raise PatchError(f"compiling the kernels needs `pip install 'setuptools>=77'`: {error}") from error
     kernels = names["EXL3_KERNELS"]
-    kernels.sources = [str(REPO / source) for source in kernels.sources]
+    kernels.sources = [str(repo / source) for source in kernels.sources]
     kernels.optional = False
-    library = build.TREE / build.LIBRARY
-    library.unlink(missing_ok=True)
+    library = repo / build.TREE / build.LIBRARY
     with tempfile.TemporaryDirectory() as scratch:
         command = names["BuildKernels"](Distribution({"name": "transformers", "ext_modules": [kernels]}))
         command.build_temp = command.build_lib = scratch
@@ -37,6 +36,8 @@ def compile_in_place():
         try:
             command.run()
         except Exception as error:
+            # An old library beside new sources would hide the error.
+            library.unlink(missing_ok=True)
             raise PatchError(f"the kernels do not compile: {error}") from error
-        built = Path(scratch, library.relative_to(build.TREE / build.SOURCE))
+        built = Path(scratch, build.LIBRARY.relative_to(build.SOURCE))
         build.replace(library, lambda new: shutil.copy(built, new))

@@ -156,7 +156,7 @@ class _Merger:
         text = " " * item.column + self.ours.data[item.start : item.end].decode("utf-8")
         rest = self.ours.data[item.end : self.ours.line_start(item.last + 1)].decode("utf-8")
         comma = "" if issubclass(item.kind, ast.stmt) else ","
-        comment = re.fullmatch(r"\s*,?(\s*#.*)?\s*", rest)
+        comment = re.fullmatch(r",?( *#.*)?\s*", rest)
         text = above + text + comma + (comment[1] or "" if comment else "") + "\n"
         if shift > 0:
             return re.sub(r"(?m)^(?=.)", " " * shift, text)
@@ -164,17 +164,22 @@ class _Merger:
 
 
 def _peers(theirs: Item, item: Item) -> list[Item]:
-    """Those of upstream's items that a new `item` goes among."""
+    """Those of upstream's items that a new `item` goes among: for an import, the block that has most of its like."""
     if not item.is_import:
         return theirs.items
-    runs = [[]]
+    blocks, last = [[]], None
     for their in theirs.items:
         if their.kind is item.kind and _dots(their) == _dots(item):
-            runs[-1].append(their)
+            if last and their.first > last.last + 1:
+                blocks.append([])
+            blocks[-1].append(their)
         else:
-            runs.append([])
-    same_module = [their for their in theirs.items if their.is_import and _module(their) == _module(item)]
-    return same_module or max(runs, key=len) or theirs.items
+            blocks.append([])
+        last = their
+    package = _module(item).partition(".")[0]
+    return max(
+        blocks, key=lambda block: (package in {_module(its).partition(".")[0] for its in block}, len(block))
+    ) or (theirs.items)
 
 
 def _position(peers: list[Item], item: Item, place: Item | None) -> Item | None:

