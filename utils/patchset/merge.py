@@ -95,7 +95,7 @@ class _Merger:
                 self.misfit(item, ours, "cannot be added to: upstream's is empty or no literal")
             elif item.is_partial:
                 self.weave(same[0], item)
-            elif item.is_import and item.items and same:
+            elif item.is_import and same:
                 self.unite(same, item)
             elif same:
                 self.misfit(item, ours, "is already in upstream's file")
@@ -105,7 +105,7 @@ class _Merger:
     def unite(self, same: list[Item], ours: Item):
         """Add the names that `ours` imports to the first of upstream's imports from that module."""
         known = {alias.name for their in same for alias in their.items or ()}
-        for alias in ours.items:
+        for alias in ours.items or ():
             if alias.name not in known:
                 self.insert(same[0], alias, None)
 

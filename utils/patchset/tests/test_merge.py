@@ -165,6 +165,7 @@ class MergeTest(unittest.TestCase):
             """,
             """
             import re
+            import sys
             from a import B, c
             from b import thing
             from os import sep
