@@ -7,6 +7,7 @@ VENV ?= .venv
 UPSTREAM = 5.23.0
 
 BIN = $(VENV)/bin
+PATCHED = setup.py src tests/quantization
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
 .PHONY: help test test-slow check-upstreams demo lint style export refresh clean
@@ -58,8 +59,10 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check
 	$(BIN)/python utils/patchset/tests/upstreams.py $(UPSTREAM)
 	rm -rf build/lint && cp -R $(UPSTREAM_TREE) build/lint
+	mkdir build/lint/tests/quantization  # where our tests go; PyPI's source has none
 	$(BIN)/python utils/patchset build/lint
-	cd build/lint && $(abspath $(BIN))/ruff check --no-respect-gitignore && $(abspath $(BIN))/ruff format --check --no-respect-gitignore
+	cd build/lint && $(abspath $(BIN))/ruff check --no-respect-gitignore $(PATCHED)
+	cd build/lint && $(abspath $(BIN))/ruff format --check --no-respect-gitignore $(PATCHED)
 
 style: $(VENV)/.tools
 	$(BIN)/ruff check --fix

@@ -164,7 +164,7 @@ class _Merger:
 
 
 def _peers(theirs: Item, item: Item) -> list[Item]:
-    """Those of upstream's items that a new `item` goes among: for an import, the block that has most of its like."""
+    """Those of upstream's items that a new `item` goes among: for an import, the block most like it."""
     if not item.is_import:
         return theirs.items
     blocks, last = [[]], None
@@ -176,10 +176,12 @@ def _peers(theirs: Item, item: Item) -> list[Item]:
         else:
             blocks.append([])
         last = their
-    package = _module(item).partition(".")[0]
-    return max(
-        blocks, key=lambda block: (package in {_module(its).partition(".")[0] for its in block}, len(block))
-    ) or (theirs.items)
+
+    def likeness(block: list[Item]) -> tuple[bool, bool, int]:
+        modules, packages = {_module(its) for its in block}, {_package(its) for its in block}
+        return _module(item) in modules, _package(item) in packages, len(block)
+
+    return max(blocks, key=likeness) or theirs.items
 
 
 def _position(peers: list[Item], item: Item, place: Item | None) -> Item | None:
@@ -200,6 +202,10 @@ def _blank_lines(source: Source, line: int) -> int:
 
 def _module(item: Item) -> str:
     return item.name.removeprefix("from ").removeprefix("import ").partition(" ")[0]
+
+
+def _package(item: Item) -> str:
+    return _module(item).lstrip(".").partition(".")[0]
 
 
 def _dots(item: Item) -> int:

@@ -34,6 +34,7 @@ def our_files(repo: Path = REPO) -> list[Path]:
         for path in found
         if path not in edited
         and not GENERATED.intersection(path.parts)
+        and not path.name.startswith(".")
         and not any(path.is_relative_to(own) for own in OWN)
     )
 

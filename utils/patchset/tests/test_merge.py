@@ -188,6 +188,36 @@ class MergeTest(unittest.TestCase):
             """,
         )
 
+    def test_an_import_goes_to_the_block_that_has_its_module(self):
+        self.check(
+            """
+            if TYPE_CHECKING:
+                from .a import A as A
+                from .b import B as B
+                from .c import C as C
+
+                # More.
+                from .d import D as D
+                from .e import E as E
+            """,
+            """
+            if TYPE_CHECKING:
+                ...
+                from .d import F as F
+            """,
+            """
+            if TYPE_CHECKING:
+                from .a import A as A
+                from .b import B as B
+                from .c import C as C
+
+                # More.
+                from .d import D as D
+                from .d import F as F
+                from .e import E as E
+            """,
+        )
+
     def test_a_member_and_a_method_go_into_a_class(self):
         self.check(
             """

@@ -27,6 +27,7 @@ OURS = {
     "src/transformers/__init__.edit.py": "T = [..., 'q']",
     "src/transformers/new/part.py": "x = 1\n",
     "src/transformers/new/__pycache__/part.pyc": "",
+    "src/transformers/new/.part.py.swp": "",
     "tests/quantization/new/test_part.py": "",
     "docs/source/_toctree.edit.yml": "@@ after a\nb\n",
     "docker/image/Dockerfile": "ours",
