@@ -67,7 +67,7 @@ def marker(codebook: str) -> torch.Tensor | None:
     """The 0-d int32 tensor that names `codebook` in a checkpoint, None for `3inst`, which has none."""
     if codebook not in MARKERS:
         return None
-    return torch.tensor(MARKERS[codebook], dtype=torch.int64).to(torch.int32)
+    return torch.tensor(MARKERS[codebook], dtype=torch.int64, device="cpu").to(torch.int32)
 
 
 def bits_of(trellis: torch.Tensor) -> float:
@@ -184,7 +184,9 @@ def unpack_embedding_states(rings: torch.Tensor) -> torch.Tensor:
     """
     bits = rings.shape[-1] // 16
     bit = (rings.to(torch.int32).unsqueeze(-1) >> torch.arange(16, device=rings.device)) & 1
-    symbols = (bit.flatten(-2).unflatten(-1, (EMBEDDING_GROUP, bits)) << torch.arange(bits, device=rings.device)).sum(-1)
+    symbols = (bit.flatten(-2).unflatten(-1, (EMBEDDING_GROUP, bits)) << torch.arange(bits, device=rings.device)).sum(
+        -1
+    )
     states = torch.zeros_like(symbols)
     for back in range(-(-STATE_BITS // bits)):
         states |= symbols.roll(back, -1) << (back * bits)

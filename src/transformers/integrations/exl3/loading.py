@@ -1,0 +1,279 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What happens to weights on their way into a model: the names, and the operations that quantize and dequantize.
+
+| loads                           | the model holds              | transforms                                             |
+|---------------------------------|------------------------------|--------------------------------------------------------|
+| an EXL3 checkpoint              | quantized modules            | `Exl3Names`, where the format splits what is fused     |
+| the same with `dequantize=True` | its own modules              | `Exl3Dequantize`, all tensors of a module at a time    |
+| a float checkpoint              | quantized modules, pending   | `Exl3Quantize`, one parameter at a time                |
+"""
+
+import torch
+from torch import nn
+
+from ...core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    log_conversion_errors,
+)
+from . import encoder, format, ops
+from .modules import Exl3Linear, Exl3Module
+
+
+# Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
+_BY_NAME = "exl3 names"
+
+
+def replace_with_exl3_modules(model: nn.Module, modules: dict[str, Exl3Module]) -> nn.Module:
+    """
+    Put quantized modules into a model.
+
+    Args:
+        model (`nn.Module`): The model, changed in place.
+        modules (`dict[str, Exl3Module]`): The modules by their paths, from a `Placement` or a `Plan`.
+
+    Returns:
+        `nn.Module`: `model`.
+    """
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    return model
+
+
+class Exl3Names(WeightRenaming):
+    """
+    Renames tensors one by one, here and back: parts that the format splits off stand beside the fused module in a
+    checkpoint and inside of it in a model.
+
+    Args:
+        names (`dict[str, str]`): Tensor name in the checkpoint, after upstream's renamings, to tensor name in the model.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: dict[str, str]):
+        super().__init__(_BY_NAME, _BY_NAME)
+        self.names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        target = self.names.get(source_key)
+        return (source_key, None) if target is None else (target, _BY_NAME)
+
+    def was_used(self) -> bool:
+        return True  # what it undoes on saving does not depend on what was loaded
+
+    def reverse_transform(self) -> "Exl3Names":
+        return Exl3Names({model: checkpoint for checkpoint, model in self.names.items()})
+
+
+class Exl3Converter(WeightConverter):
+    """
+    Collects tensors by name for an operation that takes them by their names in the checkpoint.
+
+    Args:
+        targets (`dict[str, str]`): Tensor name in the checkpoint, after upstream's renamings, to the model's parameter
+            under which it is collected.
+        operation (`ConversionOps`): Returns parameters by their names in the model.
+    """
+
+    __slots__ = ("targets",)
+
+    def __init__(self, targets: dict[str, str], operation: ConversionOps):
+        kind = f"exl3 {type(operation).__name__}"  # upstream finds converters by their patterns
+        super().__init__(kind, kind, [operation])
+        self.targets = targets
+
+    def __deepcopy__(self, memo):
+        return Exl3Converter(self.targets, self.operations[0])  # upstream copies it for each target
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        target = self.targets.get(source_key)
+        return (source_key, None) if target is None else (target, self.source_patterns[0])
+
+    def was_used(self) -> bool:
+        return False  # nothing to undo on saving
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        names = sorted(self.layer_targets[layer_name], key=dot_natural_key)  # the order of collection
+        tensors = dict(zip(names, self.materialize_tensors()[self.source_patterns[0]], strict=True))
+        with log_conversion_errors(layer_name, loading_info, (len(tensors), layer_name), self.operations[0]):
+            return self.operations[0].convert(tensors, full_layer_name=layer_name)
+
+
+class Exl3Unpad(ConversionOps):
+    """Cuts the padding off a tensor that the format pads without quantizing it."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, full_layer_name=None, **kwargs):
+        ((name, tensor),) = input_dict.items()
+        shape = self.hf_quantizer.placement.padded[name]
+        dtype = self.hf_quantizer.float_dtype
+        return {full_layer_name: tensor[tuple(slice(size) for size in shape)].to(dtype).contiguous()}
+
+
+class Exl3Dequantize(ConversionOps):
+    """Turns the tensors of one quantized module into the parameters of the plain one."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, full_layer_name=None, **kwargs):
+        placement = self.hf_quantizer.placement
+        path = full_layer_name.rpartition(".")[0]
+        module = placement.modules[path]
+        for name, tensor in input_dict.items():
+            checkpoint_module, _, leaf = name.rpartition(".")
+            layer = placement.layers[checkpoint_module].removeprefix(path).removeprefix(".")
+            module.get_submodule(layer).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        plain = module.dequantize(self.hf_quantizer.float_dtype)
+        del placement.modules[path]  # with the quantized tensors
+        return {f"{path}.{name}": value for name, value in plain.named_parameters(recurse=False)}
+
+
+class Exl3Quantize(ConversionOps):
+    """Quantizes a parameter of a float checkpoint for the module that waits for it."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+        result = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            path, _, parameter = name.rpartition(".")
+            module = model.get_submodule(path)
+            if isinstance(module, Exl3Module) and parameter in module.pending:
+                result |= quantize_parameter(path, module, parameter, value, self.hf_quantizer.progress)
+                missing_keys.discard(name)
+            else:
+                result[name] = value
+            for head in self.hf_quantizer.heads_tied_to(name):
+                result |= quantize_parameter(
+                    head, model.get_submodule(head), "weight", value, self.hf_quantizer.progress
+                )
+                missing_keys.discard(f"{head}.weight")
+        return result
+
+
+def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress=None):
+    """
+    Quantize one parameter that a module waits for.
+
+    Args:
+        path (`str`): Of the module in the model.
+        module (`Exl3Module`): Waits for `parameter`, and no longer after this.
+        parameter (`str`): Name of the parameter in the plain module.
+        value (`torch.Tensor`): The parameter, floating.
+        progress (`Callable`, *optional*): Called with the number of weights whenever some are done.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By name in the model, the tensors that the parameter became.
+
+    Raises:
+        `ValueError`: Where the value cannot be quantized, with the name of the tensor.
+    """
+    expected = module.plain.get_parameter(parameter).shape
+    if value.shape != expected:
+        raise ValueError(f"{path}.{parameter} has the shape {list(value.shape)}, the model's is {list(expected)}")
+    result = {}
+    for layer, leaf, view in module.plain_views(parameter, value):
+        linear = module.get_submodule(layer)
+        name = f"{path}.{layer}" if layer else path
+        if leaf == "bias":
+            result[f"{name}.bias"] = _stored_bias(name, view, linear)
+            continue
+        try:
+            tensors = ops.encode_with_progress(view, linear.bits, linear.codebook, encoder.seed_of(name), progress)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+        result |= {f"{name}.{tensor}": value for tensor, value in zip(("trellis", "suh", "svh"), tensors)}
+        if linear.codebook in format.MARKERS:
+            result[f"{name}.{linear.codebook}"] = format.marker(linear.codebook).to(value.device)
+    module.arrived(parameter)
+    return result
+
+
+def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Tensor:
+    """`bias` as the format stores it: fp16, padded."""
+    stored = torch.nn.functional.pad(bias, (0, format.padded(linear.out_features) - bias.shape[0])).half()
+    if not stored.isfinite().all():
+        raise ValueError(
+            f"{name}.bias cannot be stored: it is not finite in float16 (the largest is {bias.abs().max()})"
+        )
+    return stored
+
+
+def finish_modules(model: nn.Module, progress=None):
+    """
+    What is left to do when all tensors are in place: quantize parameters that did not come by themselves (upstream
+    initialises those that a checkpoint lacks, and one converter may yield several), freeze, and align.
+
+    Args:
+        model (`nn.Module`): The model, changed in place.
+        progress (`Callable`, *optional*): As in `quantize_parameter`.
+    """
+    for path, module in list(model.named_modules()):
+        for name in sorted(getattr(module, "pending", ())):
+            value = module._parameters[name].detach()
+            if name in module.stored:  # a bias that came padded already, or is initialised: it is as it should be
+                module.arrived(name)
+                continue
+            for tensor, result in quantize_parameter(path, module, name, value, progress).items():
+                owner, _, leaf = tensor.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(result, requires_grad=False))
+        if isinstance(module, Exl3Module):
+            module.requires_grad_(False)
+        for name, parameter in module._parameters.items():
+            # Files written without padding of their header leave tensors at addresses that no vector code expects.
+            if (
+                parameter is not None
+                and parameter.device.type == "cpu"
+                and parameter.data_ptr() % parameter.element_size()
+            ):
+                parameter.data = parameter.data.clone()
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
+    """
+    Replace every quantized module of a model by the plain one that it stands for.
+
+    Args:
+        model (`nn.Module`): The model, changed in place.
+        dtype (`torch.dtype`, *optional*): Of the weights, by default what the model was loaded in.
+
+    Raises:
+        `ValueError`: Where weights are offloaded.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, Exl3Module)]
+    modules = {path: model.get_submodule(path) for path in paths}
+    outermost = {path: m for path, m in modules.items() if not any(path.startswith(f"{other}.") for other in paths)}
+    for path, module in outermost.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(f"{path} is offloaded: load the checkpoint with `Exl3Config(dequantize=True)` instead.")
+    for path, module in outermost.items():
+        plain = module.dequantize(dtype)
+        if hasattr(module, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(plain, module._hf_hook)
+        model.set_submodule(path, plain)

@@ -1,0 +1,372 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The modules of a quantized model: their tensors, under the names that checkpoints have, and their forward.
+
+A module of the model (`nn.Linear`, `Conv1D`, experts with fused 3-D weights, an embedding) is replaced by one that holds
+quantized linear layers: itself, or the parts that the format splits the module into. `plain_views` tells which piece of
+which plain parameter each part stands for; quantizing reads through these views and dequantizing writes through them.
+
+| module             | stands for                          | holds                                          |
+|--------------------|-------------------------------------|------------------------------------------------|
+| `Exl3Linear`       | `nn.Linear`, `Conv1D`                | itself                                         |
+| `Exl3SplitLinear`  | a fused projection (`qkv_proj`, ...) | its parts by name (`q_proj`, `k_proj`, ...)     |
+| `Exl3SlicedLinear` | a very wide MLP projection          | `slice.0`, `slice.1`, ...                      |
+| `Exl3Experts`      | experts fused into 3-D parameters   | `0.gate_proj`, `0.up_proj`, `0.down_proj`, ... |
+| `Exl3Embedding`    | `nn.Embedding`                      | itself                                         |
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from . import format, ops
+
+
+def _with_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of `module` that shares all but its own parameters, which are `values`."""
+    module = copy.copy(module)
+    frozen = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    module._parameters = {**module._parameters, **frozen}
+    return module
+
+
+class Exl3Module(nn.Module):
+    """
+    What the modules here share.
+
+    Args:
+        plain (`nn.Module`): The module that this one stands for. It is kept, without memory, to be restored.
+    """
+
+    pending: set[str] = frozenset()  # names of the plain module's parameters that are still to be quantized
+    stored: tuple[str, ...] = ()  # names of the parameters that hold what is quantized
+
+    def _stand_for(self, plain: nn.Module):
+        # In a tuple, so that it is no submodule: it has no tensors to load, move or save.
+        self._plain = (
+            _with_parameters(plain, {name: p.to("meta") for name, p in plain.named_parameters(recurse=False)}),
+        )
+        self.plain_dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
+        self.train(plain.training)
+
+    def _store(self, tensors: dict[str, torch.Tensor]):
+        self.stored = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module that this one stands for, on the meta device."""
+        return self._plain[0]
+
+    def plain_views(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """
+        The pieces of one parameter of the plain module.
+
+        Args:
+            name (`str`): The parameter's name in the plain module.
+            tensor (`torch.Tensor`): Its value, or the memory for it.
+
+        Yields:
+            `tuple(str, str, torch.Tensor)`: The name of an `Exl3Linear` in this module (empty for itself), `weight` or
+            `bias`, and the view of `tensor` that is this layer's, `[out, in]` or `[out]`.
+        """
+        raise NotImplementedError
+
+    def wait_for_plain(self):
+        """Have the parameters of the plain module as well, on the meta device, so that a checkpoint's weights find them."""
+        placeholders = {name: p for name, p in self.plain.named_parameters(recurse=False) if name not in self.stored}
+        self._parameters.update(placeholders)
+        self.pending = {name for name, _ in self.plain.named_parameters(recurse=False)}
+
+    def arrived(self, name: str):
+        """Wait no longer for the parameter `name` of the plain module."""
+        self.pending.discard(name)
+        if name not in self.stored:
+            del self._parameters[name]
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The plain module with the weights that this one's stand for, in `dtype` (default: as the model has it)."""
+        values = {}
+        for name, parameter in self.plain.named_parameters(recurse=False):
+            values[name] = torch.empty(parameter.shape, dtype=dtype or self.plain_dtype, device=self.device)
+            for layer, leaf, view in self.plain_views(name, values[name]):
+                view.copy_(self.get_submodule(layer).dequantized(leaf))
+        return _with_parameters(self.plain, values).train(self.training)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _apply(self, fn, recurse=True):
+        """Moves, and does not cast: the dtypes of quantized tensors are part of the format."""
+
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class Exl3Linear(Exl3Module, nn.Linear):
+    """
+    A quantized linear layer, `y = x @ W + bias`, on the tensors that a checkpoint has for it.
+
+    Args:
+        in_features (`int`): Input features without padding.
+        out_features (`int`): Output features without padding.
+        tensors (`dict[str, torch.Tensor]`): What the layer holds: `trellis` int16 `[in/16, out/16, 16K]`; `suh` fp16 `[in]`
+            or `su` int16 `[in/16]`; `svh` fp16 `[out]` or `sv` int16 `[out/16]`; `mcg` or `mul1`, int32 `[]`, or neither;
+            `bias` `[out]` or none. `in` and `out` are the sizes with padding.
+        plain (`nn.Module`, *optional*): The module that this layer stands for, a `nn.Linear` of these sizes if not given.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, tensors: dict[str, torch.Tensor], plain: nn.Module | None = None
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.codebook = next((name for name in format.MARKERS if name in tensors), "3inst")
+        self.bits = format.bits_of(tensors["trellis"])
+        if plain is None:
+            plain = nn.Linear(in_features, out_features, "bias" in tensors, device="meta")
+        self._stand_for(plain)
+        self.register_parameter("bias", None)
+        self._store(tensors)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight `[out_features, in_features]`, dequantized anew at each access: changing it changes nothing."""
+        pending = self._parameters.get("weight")
+        return self.dequantized("weight").to(self.plain_dtype) if pending is None else pending
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`suh` and `svh`, from the packed signs where an old file has these."""
+        return tuple(
+            getattr(self, scale) if scale in self._parameters else format.unpack_signs(getattr(self, sign))
+            for scale, sign in (("suh", "su"), ("svh", "sv"))
+        )
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The trellis as int16, whichever 16-bit type the file had."""
+        return self.trellis.view(torch.int16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.codes, *self.scales, self.bias, self.codebook, self.out_features)
+
+    def dequantized(self, leaf: str) -> torch.Tensor:
+        """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
+        if leaf == "bias":
+            return self.bias[: self.out_features]
+        weight = ops.dequantize(self.codes, *self.scales, self.codebook)
+        return weight[: self.out_features, : self.in_features]
+
+    def plain_views(self, name, tensor):
+        is_transposed = name == "weight" and not isinstance(self.plain, nn.Linear)  # Conv1D keeps [in, out]
+        yield "", name, tensor.T if is_transposed else tensor
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, codebook={self.codebook}"
+        )
+
+
+class Exl3SplitLinear(Exl3Module):
+    """
+    A fused projection whose parts were quantized each on its own; their outputs are concatenated.
+
+    Args:
+        parts (`dict[str, Exl3Linear]`): In the order of the fused projection's rows.
+        plain (`nn.Module`): The fused projection.
+    """
+
+    def __init__(self, parts: dict[str, Exl3Linear], plain: nn.Module):
+        super().__init__()
+        self._stand_for(plain)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+    def plain_views(self, name, tensor):
+        sizes = [part.out_features for part in self.children()]
+        for (part, _), view in zip(self.named_children(), tensor.split(sizes)):
+            yield part, name, view
+
+
+class Exl3SlicedLinear(Exl3Module):
+    """
+    A projection cut along its wide side into slices that were quantized each on its own.
+
+    Args:
+        slices (`list[Exl3Linear]`): In order. Where their inputs are narrower than the projection's, their outputs are
+            summed, else concatenated.
+        plain (`nn.Module`): The projection.
+    """
+
+    def __init__(self, slices: list[Exl3Linear], plain: nn.Module):
+        super().__init__()
+        self._stand_for(plain)
+        self.slice = nn.ModuleList(slices)
+
+    @property
+    def cuts_input(self) -> bool:
+        return self.slice[0].in_features < self.plain.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.cuts_input:
+            return torch.cat([part(x) for part in self.slice], dim=-1)
+        inputs = x.split([part.in_features for part in self.slice], dim=-1)
+        return sum(part(piece) for part, piece in zip(self.slice, inputs))
+
+    def plain_views(self, name, tensor):
+        if self.cuts_input and name == "bias":
+            yield "slice.0", name, tensor
+            return
+        sizes = [part.in_features if self.cuts_input else part.out_features for part in self.slice]
+        for index, view in enumerate(tensor.split(sizes, dim=1 if self.cuts_input else 0)):
+            yield f"slice.{index}", name, view
+
+
+class Exl3Expert(nn.Module):
+    """One expert: its projections under the names that the checkpoint has for them."""
+
+    def __init__(self, projections: dict[str, Exl3Linear]):
+        super().__init__()
+        for name, projection in projections.items():
+            self.add_module(name, projection)
+
+
+class Exl3Experts(Exl3Module):
+    """
+    Experts of a mixture, each with its own quantized projections.
+
+    Args:
+        experts (`list[dict[str, Exl3Linear]]`): The projections of each expert.
+        names (`dict[str, str]`): Name of the projection in a checkpoint for each of `gate` (if there is one), `up`, `down`.
+        plain (`nn.Module`): The model's own experts, whose gating function is used.
+    """
+
+    def __init__(self, experts: list[dict[str, Exl3Linear]], names: dict[str, str], plain: nn.Module):
+        super().__init__()
+        self._stand_for(plain)
+        self.names = names
+        self.num_experts = len(experts)
+        for index, projections in enumerate(experts):
+            self.add_module(str(index), Exl3Expert(projections))
+
+    def projection(self, expert: int, role: str) -> nn.Module:
+        return getattr(self.get_submodule(str(expert)), self.names[role])
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): `[tokens, hidden]`.
+            top_k_index (`torch.Tensor`): Integer `[tokens, k]`, the experts of each token; `num_experts` stands for none.
+            top_k_weights (`torch.Tensor`): `[tokens, k]`, what their outputs are weighted by.
+
+        Returns:
+            `torch.Tensor`: `[tokens, hidden]`.
+        """
+        result = torch.zeros_like(hidden_states)
+        routed, order = top_k_index.flatten().sort(stable=True)
+        tokens, weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order]
+        counts = torch.bincount(routed, minlength=self.num_experts).tolist()
+        start = 0
+        for expert in range(self.num_experts):
+            rows = slice(start, start + counts[expert])
+            start = rows.stop
+            if counts[expert]:
+                output = self._expert(expert, hidden_states[tokens[rows]]) * weights[rows, None]
+                result.index_add_(0, tokens[rows], output.to(result.dtype))
+        return result
+
+    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.projection(expert, "up")(x)
+        if "gate" in self.names:
+            gate = self.projection(expert, "gate")(x)
+            if self.plain.is_concatenated:
+                hidden = self.plain._apply_gate(torch.cat((gate, hidden), dim=-1))
+            else:
+                hidden = self.plain._apply_gate(torch.stack((gate, hidden), dim=-1).flatten(-2))
+        else:
+            hidden = self.plain.act_fn(hidden)
+        return self.projection(expert, "down")(hidden)
+
+    def plain_views(self, name, tensor):
+        leaf = "bias" if name.endswith("_bias") else "weight"
+        if leaf == "weight" and self.plain.is_transposed:
+            tensor = tensor.transpose(1, 2)
+        for expert, view in enumerate(tensor):
+            if name.startswith("down_proj"):
+                pieces = {"down": view}
+            elif "gate" not in self.names:
+                pieces = {"up": view}
+            elif self.plain.is_concatenated:
+                pieces = dict(zip(("gate", "up"), view.chunk(2)))
+            else:
+                pieces = {"gate": view[::2], "up": view[1::2]}
+            for role, piece in pieces.items():
+                yield f"{expert}.{self.names[role]}", leaf, piece
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
+
+
+class Exl3Embedding(Exl3Module):
+    """
+    A quantized embedding table, whose rows are decoded when they are looked up. It is no `nn.Embedding`: nothing else
+    may be tied to its weight.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): `trellis` int16 `[vocab, G(1+16K)]` and `signs` fp16 `[G, 256]`.
+        plain (`nn.Embedding`): The table that this one stands for.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], plain: nn.Embedding):
+        super().__init__()
+        self._stand_for(plain)
+        self.num_embeddings, self.embedding_dim = plain.num_embeddings, plain.embedding_dim
+        self._store(tensors)
+        # The one thing that upstream's subclasses of `nn.Embedding` add: Gemma's scale.
+        scale = getattr(plain, "scalar_embed_scale", None)
+        self.embed_scale = float(plain.embed_scale) if scale is None and hasattr(plain, "embed_scale") else scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self._rows(ids).to(self.plain_dtype)
+        return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return ops.embedding(ids, self.trellis.view(torch.int16), self.signs, self.embedding_dim)
+
+    def dequantized(self, leaf: str) -> torch.Tensor:
+        """`weight`, fp32 `[num_embeddings, embedding_dim]`."""
+        return self._rows(torch.arange(self.num_embeddings, device=self.device))
+
+    def plain_views(self, name, tensor):
+        yield "", name, tensor
+
+    def extra_repr(self) -> str:
+        bits = format.embedding_bits(self.trellis, self.signs)
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, bits={bits}"

@@ -1,0 +1,246 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The operators of EXL3, registered with `torch.library`, and the choice of what computes them.
+
+| operator                    | computes                                                                          |
+|-----------------------------|-----------------------------------------------------------------------------------|
+| `exl3::linear`              | `y = x @ W + bias` for a quantized `W`, differentiable in `x`                      |
+| `exl3::linear_input_grad`   | its gradient in `x`, `g @ W.T`                                                    |
+| `exl3::dequantize`          | the weight as `nn.Linear` keeps it, `[out, in]`                                   |
+| `exl3::embedding`           | rows of a quantized embedding table                                               |
+| `exl3::encode`              | trellis and scales of a weight                                                    |
+
+`W = diag(suh) B inner B diag(svh)` with the names of `format.py`. Activations are rotated instead of weights, products are
+accumulated in fp32, and a large `inner` is decoded in strips, so that no operator holds a dense copy of a weight.
+"""
+
+import torch
+
+from . import encoder, format
+from .hadamard import hadamard
+from .kernels import cpu
+
+
+# Elements of `inner` that are decoded at a time: 32 MiB in fp32, enough columns for an efficient matrix product.
+STRIP_ELEMENTS = 1 << 23
+
+
+def _decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
+    """The inner matrix `[in, out]` of `trellis`, in `dtype`: by the compiled kernel where it can, else by the reference."""
+    if trellis.device.type == "cpu" and dtype is torch.float32 and cpu.is_available():
+        return cpu.decode(trellis, codebook)
+    return format.decode(trellis, codebook).to(dtype)
+
+
+def _strips(trellis: torch.Tensor):
+    """Slices of tile columns, each of about `STRIP_ELEMENTS` elements of the inner matrix and of whole 128-blocks."""
+    tiles_per_block = format.BLOCK // format.TILE
+    rows, columns = trellis.shape[0] * format.TILE, trellis.shape[1]
+    step = max(1, STRIP_ELEMENTS // (rows * format.BLOCK)) * tiles_per_block
+    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the product is computed in: fp32 on CPU; on accelerators the dtype of `x`, which they accumulate in fp32."""
+    return torch.float32 if x.device.type == "cpu" else x.dtype
+
+
+def _to_columns(columns: slice) -> slice:
+    return slice(columns.start * format.TILE, columns.stop * format.TILE)
+
+
+def _check_linear(x, features, trellis, suh, svh):
+    shape = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
+    if (suh.shape[0], svh.shape[0]) != shape:
+        raise ValueError(f"EXL3 scales of {suh.shape[0]} and {svh.shape[0]} features do not fit a trellis of {shape}")
+    if format.padded(x.shape[-1]) != features:
+        raise ValueError(f"EXL3 linear: the input has {x.shape[-1]} features, the quantized weight {features}")
+
+
+@torch.library.custom_op("exl3::linear", mutates_args=())
+def linear(
+    x: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out_features: int,
+) -> torch.Tensor:
+    """
+    The product of activations and a quantized weight.
+
+    Args:
+        x (`torch.Tensor`): `[..., in_features]`, floating; `in_features` padded to a multiple of 128 is `in`.
+        trellis (`torch.Tensor`): int16 `[in/16, out/16, 16K]`.
+        suh (`torch.Tensor`): `[in]`.
+        svh (`torch.Tensor`): `[out]`.
+        bias (`torch.Tensor`, *optional*): `[out_features]` or more.
+        codebook (`str`): One of `format.CODEBOOKS`.
+        out_features (`int`): Output features without their padding.
+
+    Returns:
+        `torch.Tensor`: `[..., out_features]`, of the dtype of `x`.
+
+    Raises:
+        `ValueError`: Where the sizes do not fit each other.
+    """
+    _check_linear(x, suh.shape[0], trellis, suh, svh)
+    rotated = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]).float(), (0, suh.shape[0] - x.shape[-1]))
+    rotated = hadamard(rotated * suh.float()).to(_compute_dtype(x))
+    y = rotated.new_empty(rotated.shape[0], svh.shape[0], dtype=torch.float32)
+    for strip in _strips(trellis):
+        y[:, _to_columns(strip)] = rotated @ _decode(trellis[:, strip], codebook, rotated.dtype)
+    y = (hadamard(y) * svh.float())[:, :out_features]
+    if bias is not None:
+        y = y + bias[:out_features].float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+@linear.register_fake
+def _(x, trellis, suh, svh, bias, codebook, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("exl3::linear_input_grad", mutates_args=())
+def linear_input_grad(
+    grad: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    codebook: str,
+    in_features: int,
+) -> torch.Tensor:
+    """The gradient of `linear` in its input: `grad` `[..., out_features]` to `[..., in_features]`, in the dtype of `grad`."""
+    _check_linear(grad, svh.shape[0], trellis, suh, svh)
+    rotated = torch.nn.functional.pad(grad.reshape(-1, grad.shape[-1]).float(), (0, svh.shape[0] - grad.shape[-1]))
+    rotated = hadamard(rotated * svh.float()).to(_compute_dtype(grad))
+    x = rotated.new_zeros(rotated.shape[0], suh.shape[0], dtype=torch.float32)
+    for strip in _strips(trellis):
+        x += rotated[:, _to_columns(strip)] @ _decode(trellis[:, strip], codebook, rotated.dtype).T
+    x = (hadamard(x) * suh.float())[:, :in_features]
+    return x.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+
+
+@linear_input_grad.register_fake
+def _(grad, trellis, suh, svh, codebook, in_features):
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, trellis, suh, svh, bias, codebook, _ = inputs
+    ctx.save_for_backward(trellis, suh, svh)
+    ctx.codebook, ctx.in_features = codebook, x.shape[-1]
+    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+
+
+def _linear_backward(ctx, grad):
+    trellis, suh, svh = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = linear_input_grad(grad.contiguous(), trellis, suh, svh, ctx.codebook, ctx.in_features)
+    if ctx.needs_input_grad[4]:
+        shape, dtype = ctx.bias
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0)
+        grad_bias = torch.nn.functional.pad(grad_bias, (0, shape[0] - grad_bias.shape[0])).to(dtype)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("exl3::dequantize", mutates_args=())
+def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str) -> torch.Tensor:
+    """
+    The weight that a quantized one stands for, with its padding.
+
+    Args:
+        trellis (`torch.Tensor`): int16 `[in/16, out/16, 16K]`.
+        suh (`torch.Tensor`): `[in]`.
+        svh (`torch.Tensor`): `[out]`.
+        codebook (`str`): One of `format.CODEBOOKS`.
+
+    Returns:
+        `torch.Tensor`: fp32 `[out, in]`, as in `nn.Linear`.
+    """
+    weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
+    for strip in _strips(trellis):
+        columns = _to_columns(strip)
+        inner = _decode(trellis[:, strip], codebook, torch.float32)
+        weight[columns] = hadamard(hadamard(inner).T) * suh.float() * svh[columns, None].float()
+    return weight
+
+
+@dequantize.register_fake
+def _(trellis, suh, svh, codebook):
+    return torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
+
+
+@torch.library.custom_op("exl3::embedding", mutates_args=())
+def embedding(ids: torch.Tensor, trellis: torch.Tensor, signs: torch.Tensor, embedding_dim: int) -> torch.Tensor:
+    """
+    Rows of a quantized embedding table (each row: groups of 256 elements, each a ring with its own scale and rotation).
+
+    Args:
+        ids (`torch.Tensor`): Integer `[...]`, row numbers.
+        trellis (`torch.Tensor`): int16 `[vocab, G(1+16K)]`.
+        signs (`torch.Tensor`): fp16 `[G, 256]`.
+        embedding_dim (`int`): Elements of a row without its padding.
+
+    Returns:
+        `torch.Tensor`: fp32 `[..., embedding_dim]`.
+    """
+    groups = trellis[ids].unflatten(-1, (signs.shape[0], -1))
+    scale = groups[..., :1].contiguous().view(torch.float16).float()
+    values = format.codebook_values("mul1", trellis.device)[format.unpack_embedding_states(groups[..., 1:])].float()
+    rows = signs.float() * hadamard(values * scale, format.EMBEDDING_GROUP)
+    return rows.flatten(-2)[..., :embedding_dim].contiguous()
+
+
+@embedding.register_fake
+def _(ids, trellis, signs, embedding_dim):
+    return torch.empty(*ids.shape, embedding_dim, dtype=torch.float32, device=trellis.device)
+
+
+@torch.library.custom_op("exl3::encode", mutates_args=())
+def encode(
+    weight: torch.Tensor, bits: float, codebook: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Quantize a weight without data.
+
+    Args:
+        weight (`torch.Tensor`): `[out_features, in_features]`, floating, of any size.
+        bits (`float`): Bits per weight, one of `format.BITS`.
+        codebook (`str`): One of `format.CODEBOOKS`.
+        seed (`int`): Of the random signs.
+
+    Returns:
+        `tuple(torch.Tensor)`: `trellis` int16 `[in/16, out/16, 16K]`, `suh` fp16 `[in]` and `svh` fp16 `[out]`.
+    """
+    return encode_with_progress(weight, bits, codebook, seed)
+
+
+@encode.register_fake
+def _(weight, bits, codebook, seed):
+    out, into = (format.padded(features) for features in weight.shape)
+    trellis = weight.new_empty(into // format.TILE, out // format.TILE, int(bits * format.TILE), dtype=torch.int16)
+    return trellis, weight.new_empty(into, dtype=torch.float16), weight.new_empty(out, dtype=torch.float16)
+
+
+def encode_with_progress(weight, bits, codebook, seed, progress=None):
+    """`encode`, calling `progress(n)` whenever `n` more weights are done."""
+    search = cpu.search if weight.device.type == "cpu" and cpu.is_available() else encoder.search_reference
+    return encoder.quantize_weight(weight, bits, codebook, seed=seed, search=search, progress=progress)

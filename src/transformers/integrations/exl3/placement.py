@@ -1,0 +1,411 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Which module of a model each quantized module of a checkpoint belongs to.
+
+Checkpoints have the names of the source model's files. Upstream's conversion mapping tells what became of these in the
+model: renamed, or merged into the 3-D parameters of experts. What the format itself splits is found here: the parts of
+fused projections, the slices of wide ones, and experts that the source kept in one tensor.
+"""
+
+import re
+from collections import defaultdict
+
+from torch import nn
+
+from ...conversion_mapping import get_model_conversion_mapping
+from ...core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from ...pytorch_utils import Conv1D
+from . import format
+from .checkpoint import Checkpoint, Exl3CheckpointError
+from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
+
+
+# Fused projections by name, with the names that their parts go by in checkpoints, in the order of their rows.
+FUSED = {
+    "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("q", "k", "v")),
+    "q_k_v_proj": (("q_proj", "k_proj", "v_proj"), ("q", "k", "v")),
+    "qkv": (("q_proj", "k_proj", "v_proj"), ("q", "k", "v")),
+    "gate_up_proj": (("gate_proj", "up_proj"),),
+}
+
+# What the projections of one expert are called, and what they do.
+EXPERT_ROLES = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+EXPERT_PARAMETERS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
+
+# Converters fold a constant into weights of these architectures, which their runtime takes out again (by `model_type`).
+FOLDED_ARCHITECTURES = {
+    "laguna": "up projections of experts divided by 128",
+    "mistral4": "up projections of experts divided by 128",
+    "mimo_v2": "`o_proj` multiplied by `attention_value_scale`",
+    "mimo_v2_flash": "`o_proj` multiplied by `attention_value_scale`",
+}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is one that `Exl3Linear` can stand for: a plain linear layer or a `Conv1D`."""
+    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a module for which `is_linear` holds."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is experts with fused 3-D weights of a layout that `Exl3Experts` can stand for."""
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    return (
+        own <= EXPERT_PARAMETERS
+        and "down_proj" in own
+        and len({"gate_up_proj", "up_proj"} & own) == 1
+        and module.down_proj.dim() == 3
+        and hasattr(module, "is_transposed")
+        and len(own) == len(list(module.parameters()))
+    )
+
+
+def expert_sizes(module: nn.Module) -> tuple[int, int, int]:
+    """Number of experts, their hidden size and their intermediate size, of a module for which `is_experts` holds."""
+    experts, out, into = module.down_proj.shape
+    return (experts, into, out) if module.is_transposed else (experts, out, into)
+
+
+def check_architecture(config):
+    """Raise `ValueError` for architectures whose checkpoints hold weights that have to be corrected."""
+    for model_type in {config.model_type, config.get_text_config().model_type}:
+        if model_type in FOLDED_ARCHITECTURES:
+            raise ValueError(
+                f"EXL3 checkpoints of the architecture `{model_type}` are not supported: their weights have a constant folded "
+                f"in ({FOLDED_ARCHITECTURES[model_type]}), which this loader does not take out. Load the original checkpoint "
+                "and quantize it on the fly with `Exl3Config`."
+            )
+
+
+def part_sizes(fused: nn.Module, parent: nn.Module, config, parts: int, stored: list[int] | None = None):
+    """
+    How the output features of a fused projection are divided among its parts.
+
+    Args:
+        fused (`nn.Module`): The projection.
+        parent (`nn.Module`): Its module, an attention layer or an MLP.
+        config (`PreTrainedConfig`): Tells the heads of attention where `parent` has no config of its own.
+        parts (`int`): 2 for gate and up, 3 for query, key and value.
+        stored (`list[int]`, *optional*): The sizes that a checkpoint stores the parts with, padding included.
+
+    Returns:
+        `list[int]` or `None`: The parts' output features, None if no division is known to fit.
+    """
+    total = linear_sizes(fused)[1]
+    candidates = []
+    if parts == 3:
+        config = getattr(parent, "config", None) or config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        if heads:
+            head_dim = getattr(parent, "head_dim", None) or getattr(config, "head_dim", None)
+            head_dim = head_dim or config.hidden_size // heads
+            key_heads = getattr(config, "num_key_value_heads", None) or heads
+            candidates.append([heads * head_dim, key_heads * head_dim, key_heads * head_dim])
+    candidates.append([total // parts] * parts)
+    candidates.append(stored)
+    for sizes in candidates:
+        if sizes and sum(sizes) == total and (stored is None or [format.padded(size) for size in sizes] == stored):
+            return sizes
+
+
+class Placement:
+    """
+    The quantized modules of a checkpoint, built for a model and not yet put into it.
+
+    Args:
+        checkpoint (`Checkpoint`): What the files hold.
+        model (`PreTrainedModel`): On the meta device.
+
+    Attributes:
+        modules (`dict[str, Exl3Module]`): By path in the model, what has to stand there.
+        layers (`dict[str, str]`): Module name in the checkpoint to that of the `Exl3Linear` or `Exl3Embedding` in the model.
+        padded (`dict[str, tuple]`): Tensor name in the checkpoint to the model's shape, for tensors stored with padding.
+
+    Raises:
+        `Exl3CheckpointError`: Where a quantized module has no place in the model, or does not fit it, or where the model
+            has linear layers or embeddings that the checkpoint has no weights for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model):
+        self.checkpoint, self.model = checkpoint, model
+        self.modules: dict[str, Exl3Module] = {}
+        self.layers: dict[str, str] = {}
+        self.padded: dict[str, tuple[int, ...]] = {}
+        self._problems: list[str] = []
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        self._plain = model.state_dict()
+        self._paths = dict(model.named_modules())
+        composites = defaultdict(dict)
+        for name in checkpoint.linears:
+            self._place_linear(name, composites)
+        for (build, path), parts in composites.items():
+            self._add(path, parts.values(), build(self, path, parts))
+        for name, tensors in checkpoint.embeddings.items():
+            path = self._target(name)[0]
+            self._add(path, [name], self._embedding(name, path, tensors))
+        self._check_others()
+        if self._problems:
+            raise Exl3CheckpointError(
+                self._problems,
+                f"Load it as the architecture that its config.json names (here it is loaded as {type(model).__name__}), "
+                "or download or convert it again.",
+            )
+
+    def _target(self, name: str, leaf: str = "weight") -> tuple[str, str]:
+        """Path and parameter in the model that `name`'s weight would go to if it were not quantized."""
+        prefix = self.model.base_model_prefix
+        renamed, _ = rename_source_key(
+            f"{name}.{leaf}", self._renamings, self._converters, prefix, meta_state_dict=self._plain
+        )
+        return renamed.rpartition(".")[0], renamed.rpartition(".")[2]
+
+    def _in_model(self, path: str) -> str:
+        """`path` with the base model's prefix taken away or added where only that is in the model."""
+        prefix = self.model.base_model_prefix
+        others = (path.removeprefix(f"{prefix}."), f"{prefix}.{path}") if prefix else ()
+        return next((option for option in (path, *others) if option in self._paths), path)
+
+    def _place_linear(self, name: str, composites):
+        path, parameter = self._target(name)
+        expert = re.fullmatch(rf"(.+)\.(\d+)\.({'|'.join(EXPERT_ROLES)})", name)
+        if expert:
+            container = (
+                path if parameter in EXPERT_PARAMETERS else self._in_model(apply_renamings(expert[1], self._renamings))
+            )
+            if container in self._paths and is_experts(self._paths[container]):
+                composites[Placement._experts, container][int(expert[2]), expert[3]] = name
+                return
+        if path in self._paths and is_linear(self._paths[path]):
+            self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
+            return
+        sliced = re.fullmatch(r"(.+)\.slice\.(\d+)", name)
+        if sliced:
+            path = self._target(sliced[1])[0]
+            if path in self._paths and is_linear(self._paths[path]):
+                composites[Placement._sliced, path][int(sliced[2])] = name
+                return
+        parent, _, part = self._in_model_parent(apply_renamings(name, self._renamings)).rpartition(".")
+        for fused, spellings in FUSED.items():
+            path = f"{parent}.{fused}" if parent else fused
+            if path in self._paths and is_linear(self._paths[path]) and any(part in names for names in spellings):
+                composites[Placement._split, path][part] = name
+                return
+        if not self._is_ignored(name):
+            self._problems.append(
+                f"{name} is quantized in the checkpoint, and {type(self.model).__name__} has no such layer"
+            )
+
+    def _in_model_parent(self, name: str) -> str:
+        parent, _, leaf = name.rpartition(".")
+        return f"{self._in_model(parent)}.{leaf}"
+
+    def _is_ignored(self, name: str) -> bool:
+        """Whether the model does without `name`: what its class ignores, and heads beside a base model that is there."""
+        patterns = self.model._keys_to_ignore_on_load_unexpected or []
+        if any(re.search(pattern, f"{name}.{leaf}") for pattern in patterns for leaf in ("weight", "trellis")):
+            return True
+        prefix = f"{self.model.base_model_prefix}."
+        names = (*self.checkpoint.linears, *self.checkpoint.others)
+        return not name.startswith(prefix) and any(other.startswith(prefix) for other in names)
+
+    def _add(self, path: str, names, module: Exl3Module | None, *layers: str):
+        if module is None:
+            return
+        if path in self.modules:
+            self._problems.append(f"{', '.join(names)}: {path} has other quantized weights in the checkpoint, too")
+            return
+        self.modules[path] = module
+        if not isinstance(module, (Exl3Linear, Exl3Embedding)):
+            layers = [layer for layer, child in module.named_modules() if isinstance(child, Exl3Linear)]
+        for name, layer in zip(names, layers or [""], strict=True):
+            self.layers[name] = f"{path}.{layer}" if layer else path
+
+    def _linear(self, name: str, in_features: int, out_features: int, plain: nn.Module | None = None):
+        """The layer for the tensors of `name`, None (and a problem noted) if they do not fit these sizes."""
+        tensors = {leaf: tensor.to("meta") for leaf, tensor in self.checkpoint.linears[name].items()}
+        stored = [size * format.TILE for size in tensors["trellis"].shape[:2]]
+        if stored != [format.padded(in_features), format.padded(out_features)]:
+            self._problems.append(
+                f"{name} is quantized with {stored[0]} x {stored[1]} features, the model's layer has {in_features} x "
+                f"{out_features}, which would be {format.padded(in_features)} x {format.padded(out_features)}"
+            )
+            return None
+        if plain is not None and (plain.bias is None) != ("bias" not in tensors):
+            has, has_not = ("checkpoint", "model") if plain.bias is None else ("model", "checkpoint")
+            self._problems.append(f"{name} has a bias in the {has} and none in the {has_not}")
+            return None
+        return Exl3Linear(in_features, out_features, tensors, plain)
+
+    def _stored(self, name: str, side: int) -> int:
+        return self.checkpoint.linears[name]["trellis"].shape[side] * format.TILE
+
+    def _split(self, path: str, parts: dict[str, str]) -> Exl3SplitLinear | None:
+        parent, _, fused = path.rpartition(".")
+        order = next((names for names in FUSED[fused] if set(names) == set(parts)), None)
+        if order is None:
+            self._problems.append(f"{path}: of its parts the checkpoint has only {', '.join(parts.values())}")
+            return None
+        names = [parts[part] for part in order]
+        plain = self._paths[path]
+        sizes = part_sizes(
+            plain, self._paths[parent], self.model.config, len(order), [self._stored(name, 1) for name in names]
+        )
+        if sizes is None:
+            self._problems.append(
+                f"{', '.join(names)}: their sizes do not make up the {linear_sizes(plain)[1]} of {path}"
+            )
+            return None
+        parts.clear()  # in the order of the rows, for `_add`
+        parts.update(zip(order, names))
+        layers = {
+            part: self._linear(name, linear_sizes(plain)[0], size) for part, name, size in zip(order, names, sizes)
+        }
+        return None if None in layers.values() else Exl3SplitLinear(layers, plain)
+
+    def _sliced(self, path: str, parts: dict[int, str]) -> Exl3SlicedLinear | None:
+        if sorted(parts) != list(range(len(parts))):
+            self._problems.append(f"{path}: of its slices the checkpoint has only {', '.join(parts.values())}")
+            return None
+        ordered = dict(sorted(parts.items()))
+        parts.clear()
+        parts.update(ordered)
+        plain = self._paths[path]
+        sizes = linear_sizes(plain)
+        stored = [[self._stored(name, side) for name in parts.values()] for side in (0, 1)]
+        side = 0 if stored[0][0] < format.padded(sizes[0]) else 1
+        widths = stored[side][:-1]
+        widths.append(sizes[side] - sum(widths))
+        layers = []
+        for name, width in zip(parts.values(), widths):
+            layers.append(self._linear(name, *((width, sizes[1]) if side == 0 else (sizes[0], width))))
+        return None if None in layers else Exl3SlicedLinear(layers, plain)
+
+    def _experts(self, path: str, parts: dict[tuple[int, str], str]) -> Exl3Experts | None:
+        plain = self._paths[path]
+        count, hidden, intermediate = expert_sizes(plain)
+        names = {EXPERT_ROLES[projection]: projection for _, projection in parts}
+        roles = ("gate", "up", "down") if hasattr(plain, "gate_up_proj") else ("up", "down")
+        wanted = {(expert, names.get(role)) for expert in range(count) for role in roles}
+        if wanted != set(parts):
+            missing = sorted(f"{expert}.{projection}" for expert, projection in wanted - set(parts))
+            unknown = sorted(f"{expert}.{projection}" for expert, projection in set(parts) - wanted)
+            self._problems.append(
+                f"{path} has {count} experts with {', '.join(roles)}; the checkpoint lacks {missing[:4]} and has {unknown[:4]}"
+            )
+            return None
+        experts = []
+        for expert in range(count):
+            projections = {}
+            for role in roles:
+                sizes = (intermediate, hidden) if role == "down" else (hidden, intermediate)
+                projections[names[role]] = self._linear(parts[expert, names[role]], *sizes)
+            experts.append(projections)
+        ordered = {key: parts[key] for key in ((e, names[role]) for e in range(count) for role in roles)}
+        parts.clear()
+        parts.update(ordered)
+        if any(layer is None for projections in experts for layer in projections.values()):
+            return None
+        return Exl3Experts(experts, {role: names[role] for role in roles}, plain)
+
+    def _embedding(self, name: str, path: str, tensors) -> Exl3Embedding | None:
+        plain = self._paths.get(path)
+        if not isinstance(plain, nn.Embedding) or (
+            type(plain) is not nn.Embedding and not hasattr(plain, "embed_scale")
+        ):
+            self._problems.append(
+                f"{name} is a quantized embedding table, and the model has {type(plain).__name__} at {path}"
+            )
+            return None
+        rows, width = tensors["trellis"].shape[0], tensors["signs"].numel()
+        if rows != plain.num_embeddings or not 0 <= width - plain.embedding_dim < format.EMBEDDING_GROUP:
+            self._problems.append(
+                f"{name} is a quantized embedding table of {rows} x {width}, the model's is {plain.num_embeddings} x "
+                f"{plain.embedding_dim}"
+            )
+            return None
+        return Exl3Embedding({leaf: tensor.to("meta") for leaf, tensor in tensors.items()}, plain)
+
+    def _check_others(self):
+        """Note tensors that are stored with padding, and layers that nothing in the checkpoint is for."""
+        prefix, present = self.model.base_model_prefix, set()
+        for name, tensor in self.checkpoint.others.items():
+            renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._plain)
+            present.add(renamed)
+            if pattern is not None:
+                targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
+                present.update(renamed.replace(targets[0], target) for target in targets)
+            elif renamed in self._plain and self._plain[renamed].shape != tensor.shape:
+                shape = self._plain[renamed].shape
+                if [format.padded(size) for size in shape[:2]] == [
+                    format.padded(size) for size in tensor.shape[:2]
+                ] and all(size in (wanted, format.padded(wanted)) for size, wanted in zip(tensor.shape, shape)):
+                    self.padded[name] = tuple(shape)
+        tied = self.model.all_tied_weights_keys
+        head = self.model.get_output_embeddings()
+        base = getattr(self.model, prefix, self.model) if prefix else self.model
+        required = {id(module) for module in base.modules()} | {id(head)}
+        for path, module in self._paths.items():
+            weight = f"{path}.weight"
+            if not (is_linear(module) or isinstance(module, nn.Embedding)) or id(module) not in required:
+                continue
+            if path not in self.modules and weight not in present and not self._is_tied(weight, tied, present):
+                self._problems.append(f"{path} has neither a `weight` nor a `trellis` in the checkpoint")
+
+    @staticmethod
+    def _is_tied(weight: str, tied: dict[str, str], present: set[str]) -> bool:
+        """Whether `weight` is shared with one that is present."""
+        group = {tied.get(weight, weight)} | {
+            key for key, source in tied.items() if source == tied.get(weight, weight)
+        }
+        return weight in {*tied, *tied.values()} and bool(group & present)
+
+
+def untie(model, paths):
+    """
+    Declare the weights of the modules at `paths` to be their own.
+
+    Raises:
+        `ValueError`: Where the ties of other modules stand and fall with these.
+    """
+    weights = {f"{path}.weight" for path in paths}
+    tied = model.all_tied_weights_keys
+    touched = {target for target, source in tied.items() if {target, source} & weights}
+    if not touched:
+        return
+    if set(tied) - touched:
+        raise ValueError(
+            f"{', '.join(sorted(weights & {*tied, *tied.values()}))} cannot be quantized: {', '.join(sorted(set(tied) - touched))} "
+            f"are tied as well in {type(model).__name__}, and its config has one switch for all of them. Leave `head_bits` unset."
+        )
+    for target in touched:
+        del tied[target]
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for part in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False

@@ -1,0 +1,154 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which modules of a float model are quantized on the fly, into what, and at how many bits."""
+
+from torch import nn
+
+from ...conversion_mapping import get_model_conversion_mapping
+from ...core_model_loading import WeightConverter
+from ...quantizers.quantizers_utils import should_convert_module
+from ...utils import logging
+from .allocation import allocate_bits
+from .checkpoint import linear_tensors
+from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from .placement import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear, linear_sizes, part_sizes, untie
+
+
+logger = logging.get_logger(__name__)
+
+# What the format's converters leave as it is beside embeddings and norms: routers, the gates and low-rank projections that
+# decide much with few weights, and MLA's `kv_b_proj`, which runtimes absorb into other projections.
+KEPT_PLAIN = (
+    "gate",
+    "router",
+    "shared_expert_gate",
+    "kv_b_proj",
+    "in_proj_a",
+    "in_proj_b",
+    "in_proj_ba",
+    "weights_proj",
+)
+
+
+class Plan:
+    """
+    What to quantize on the fly.
+
+    Args:
+        model (`PreTrainedModel`): On the meta device.
+        config (`Exl3Config`): Tells bits, head bits, codebook.
+        skip (`list[str]`): Names or patterns of modules to leave as they are, the output embeddings among them.
+
+    Attributes:
+        modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
+        names (`dict[str, str]`): Tensor names beside a fused module, as checkpoints have them, to those inside of it.
+        tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
+        weights (`int`): How many weights there are to quantize.
+
+    Raises:
+        `ValueError`: Where there is nothing to quantize, or the head cannot be quantized as asked for.
+    """
+
+    def __init__(self, model, config, skip: list[str]):
+        self.model, self.codebook = model, config.codebook
+        self.modules: dict[str, Exl3Module] = {}
+        self.names: dict[str, str] = {}
+        self.tied_heads: dict[str, str] = {}
+        self._paths = dict(model.named_modules())
+        self._expert_names = self._names_of_projections()
+        sizes, head, left = {}, self._head(), []
+        for path, module in self._paths.items():
+            if path != head and not should_convert_module(path, skip):
+                continue
+            if is_experts(module):
+                sizes[path] = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 3)
+            elif is_linear(module) and path.rpartition(".")[2] not in KEPT_PLAIN:
+                if path != head:
+                    sizes[path] = module.weight.numel()
+            elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) and hasattr(
+                module, "num_experts"
+            ):
+                left.append(f"{path} ({type(module).__name__})")
+        sizes = {path: size for path, size in sizes.items() if size}
+        if left:
+            logger.warning(f"EXL3 knows no layout for these experts, they stay as they are: {', '.join(left)}")
+        self.bits = allocate_bits(sizes, config.bits, self.codebook) if sizes else {}
+        if config.head_bits is not None and config.head_bits != 16:
+            if head is None:
+                raise ValueError(
+                    f"`head_bits` is set and {type(model).__name__} has no linear output embeddings. Unset it."
+                )
+            self.bits[head] = config.head_bits
+            self._untie_head(head)
+        if not self.bits:
+            raise ValueError(
+                f"There is nothing to quantize in {type(model).__name__}: no linear layer is left by `modules_to_not_convert` "
+                f"({skip}). Load it without `quantization_config`."
+            )
+        for path, bits in self.bits.items():
+            self.modules[path] = module = self._build(path, bits)
+            module.wait_for_plain()
+        self.weights = sum(self._paths[path].weight.numel() if path == head else sizes[path] for path in self.bits)
+
+    def _names_of_projections(self) -> dict[str, str]:
+        """What the files of this architecture call the projections of an expert: by role, as `EXPERT_ROLES` has them."""
+        converters = [c for c in get_model_conversion_mapping(self.model) if isinstance(c, WeightConverter)]
+        in_files = {
+            part for converter in converters for source in converter.source_patterns for part in source.split(".")
+        }
+        spelling = ("w1", "w3", "w2") if {"w1", "w2"} <= in_files else ("gate_proj", "up_proj", "down_proj")
+        return {EXPERT_ROLES[name]: name for name in spelling}
+
+    def _head(self) -> str | None:
+        """Path of the output embeddings, if there are any that can be quantized."""
+        head = self.model.get_output_embeddings()
+        return next((path for path, module in self._paths.items() if module is head and is_linear(module)), None)
+
+    def _untie_head(self, head: str):
+        source = self.model.all_tied_weights_keys.get(f"{head}.weight")
+        if source is not None:
+            self.tied_heads[head] = source
+        untie(self.model, [head])
+
+    def _linear(self, in_features: int, out_features: int, bits: float, bias: bool, plain: nn.Module | None = None):
+        return Exl3Linear(
+            in_features, out_features, linear_tensors(in_features, out_features, bits, self.codebook, bias), plain
+        )
+
+    def _build(self, path: str, bits: float) -> Exl3Module:
+        module = self._paths[path]
+        if is_experts(module):
+            return self._experts(module, bits)
+        parent, _, name = path.rpartition(".")
+        in_features, out_features = linear_sizes(module)
+        bias = module.bias is not None
+        if name in FUSED:
+            parts = FUSED[name][0]
+            sizes = part_sizes(module, self._paths[parent], self.model.config, len(parts))
+            if sizes:
+                layers = {part: self._linear(in_features, size, bits, bias) for part, size in zip(parts, sizes)}
+                for part, layer in layers.items():
+                    beside = f"{parent}.{part}" if parent else part
+                    self.names |= {f"{beside}.{tensor}": f"{path}.{part}.{tensor}" for tensor in layer.stored}
+                return Exl3SplitLinear(layers, module)
+        return self._linear(in_features, out_features, bits, bias, module)
+
+    def _experts(self, module: nn.Module, bits: float) -> Exl3Experts:
+        count, hidden, intermediate = expert_sizes(module)
+        roles = ("gate", "up", "down") if hasattr(module, "gate_up_proj") else ("up", "down")
+        names = {role: self._expert_names[role] for role in roles}
+        bias = hasattr(module, "down_proj_bias")
+        shapes = {role: (intermediate, hidden) if role == "down" else (hidden, intermediate) for role in roles}
+        experts = [{names[role]: self._linear(*shapes[role], bits, bias) for role in roles} for _ in range(count)]
+        return Exl3Experts(experts, names, module)

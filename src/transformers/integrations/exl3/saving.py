@@ -1,0 +1,76 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The file that EXL3 checkpoints have beside what every checkpoint has: `quantization_config.json`."""
+
+import json
+import math
+import os
+
+from . import format
+from .checkpoint import read_checkpoint, read_header
+
+
+def tensor_storage(files: list[str]) -> dict[str, dict]:
+    """
+    The map of modules to their stored tensors that `quantization_config.json` holds, made from the files themselves.
+
+    Args:
+        files (`list[str]`): The safetensors files of a checkpoint.
+
+    Returns:
+        `dict[str, dict]`: For each module its tensors with shape, bytes and dtype, and for quantized linear layers the
+        bits per weight and the multiplier of their codebook.
+    """
+    linears = read_checkpoint(files).linears
+    storage: dict[str, dict] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            stored = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})["stored_tensors"]
+            size = math.prod(tensor.shape) * tensor.element_size()
+            stored[name] = {"shape": list(tensor.shape), "n_bytes": size, "dtype": str(tensor.dtype)}
+    for module, tensors in linears.items():
+        storage[module] |= {"quant_format": "exl3", "bits_per_weight": format.bits_of(tensors["trellis"])}
+        storage[module] |= {f"{name}_multiplier": format.MARKERS[name] for name in format.MARKERS if name in tensors}
+    return storage
+
+
+class SaveWithTensorStorage:
+    """
+    Stands for a quantized model's `save_pretrained` and writes `quantization_config.json` after it.
+
+    Upstream's quantizers see the tensors that are saved, but not where: hence this wrapper, an attribute of the model
+    that is copied and pickled with it.
+
+    Args:
+        model (`PreTrainedModel`): The model whose class's `save_pretrained` does the rest.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike, *args, **kwargs):
+        model = self.model
+        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        config = getattr(model.config, "quantization_config", None)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        only_adapters = getattr(model, "_hf_peft_config_loaded", False)
+        if config is None or only_adapters or not model.should_save_on_this_rank(is_main_process):
+            return result
+        names = sorted(name for name in os.listdir(save_directory) if name.endswith(".safetensors"))
+        content = config.to_dict() | {
+            "tensor_storage": tensor_storage([os.path.join(save_directory, n) for n in names])
+        }
+        with open(os.path.join(save_directory, "quantization_config.json"), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=4)
+        return result

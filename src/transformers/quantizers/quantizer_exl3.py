@@ -1,0 +1,191 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from typing import TYPE_CHECKING
+
+from ..utils import is_accelerate_available, is_torch_available, logging
+from .base import HfQuantizer
+from .quantizers_utils import get_module_from_name
+
+
+if TYPE_CHECKING:
+    from ..modeling_utils import PreTrainedModel
+    from ..utils.quantization_config import Exl3Config
+
+if is_torch_available():
+    import torch
+
+logger = logging.get_logger(__name__)
+
+
+class Exl3HfQuantizer(HfQuantizer):
+    """Loads EXL3 checkpoints, and quantizes float ones to EXL3 while loading them, without data."""
+
+    requires_calibration = False
+    required_packages = ["torch", "accelerate"]
+    quantization_config: "Exl3Config"
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.placement = None  # of an EXL3 checkpoint
+        self.plan = None  # for a float checkpoint
+        self.float_dtype = None
+        self.progress_bar = None
+
+    @property
+    def requires_parameters_quantization(self) -> bool:
+        return not self.pre_quantized
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if not is_torch_available() or not is_accelerate_available():
+            raise ImportError(f"EXL3 needs {' and '.join(self.required_packages)}: `pip install accelerate`.")
+        if isinstance(device_map, dict) and not device_map:
+            raise ValueError(
+                "`device_map` is an empty dict and places nothing: pass `auto`, a device, or leave it out."
+            )
+        if self.requires_parameters_quantization and self.quantization_config.dequantize:
+            raise ValueError(
+                "`dequantize=True` is for EXL3 checkpoints, and this checkpoint is not quantized: load it without "
+                "`quantization_config`."
+            )
+
+    def update_dtype(self, dtype: "torch.dtype") -> "torch.dtype":
+        self.float_dtype = dtype
+        return dtype
+
+    update_torch_dtype = update_dtype  # its name in the older guide
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs
+    ):
+        from ..integrations.exl3 import replace_with_exl3_modules
+
+        if self.requires_parameters_quantization:
+            modules = self._plan(model)
+        else:
+            modules = self._place(model, checkpoint_files)
+        if not self.quantization_config.dequantize:
+            replace_with_exl3_modules(model, modules)
+
+    def _plan(self, model):
+        from ..integrations.exl3.planning import Plan
+
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(
+            model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        # The default names the last parameter, whose module is meant: a bias as well as a weight.
+        self.plan = Plan(model, config, [name.removesuffix(".bias") for name in skip])
+        self.progress_bar = logging.tqdm(
+            total=self.plan.weights, desc="Quantizing to EXL3", unit="weights", unit_scale=True
+        )
+        return self.plan.modules
+
+    def _place(self, model, checkpoint_files):
+        from ..integrations.exl3.checkpoint import read_checkpoint
+        from ..integrations.exl3.placement import Placement, check_architecture, untie
+
+        check_architecture(model.config)
+        unreadable = [file for file in checkpoint_files or ["none"] if not file.endswith(".safetensors")]
+        if unreadable:
+            raise ValueError(
+                f"EXL3 checkpoints are safetensors files, got {', '.join(unreadable)}: pass their folder or repo."
+            )
+        checkpoint = read_checkpoint(checkpoint_files)
+        if not checkpoint.linears and not checkpoint.embeddings:
+            raise ValueError(
+                f"The config of this checkpoint says `exl3`, and {', '.join(checkpoint_files)} has no quantized tensor "
+                "(`*.trellis`). Remove `quantization_config` from config.json to load it as it is, or convert it again."
+            )
+        self.placement = Placement(checkpoint, model)
+        untie(model, self.placement.modules)
+        return self.placement.modules
+
+    def update_weight_conversions(self, weight_conversions, model):
+        from ..core_model_loading import WeightRenaming, apply_renamings
+        from ..integrations.exl3.loading import Exl3Converter, Exl3Dequantize, Exl3Names, Exl3Unpad
+
+        if self.plan is not None:
+            return [*weight_conversions, Exl3Names(self.plan.names)]
+        renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
+        tensors = {
+            apply_renamings(f"{module}.{leaf}", renamings): (layer, leaf)
+            for module, layer in self.placement.layers.items()
+            for leaf in (self.placement.checkpoint.linears | self.placement.checkpoint.embeddings)[module]
+        }
+        unpad = {apply_renamings(name, renamings): name for name in self.placement.padded}
+        converters = [Exl3Converter(unpad, Exl3Unpad(self))]
+        if not self.quantization_config.dequantize:
+            names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items()}
+            return [*converters, *weight_conversions, Exl3Names(names)]
+        targets = {name: self._plain_parameter(layer) for name, (layer, _) in tensors.items()}
+        return [Exl3Converter(targets, Exl3Dequantize(self)), *converters, *weight_conversions]
+
+    def _plain_parameter(self, layer: str) -> str:
+        """The first parameter of the plain module that `layer` is of: all of the module's tensors are collected under it."""
+        path = layer
+        while path not in self.placement.modules:
+            path = path.rpartition(".")[0]
+        name, _ = next(self.placement.modules[path].plain.named_parameters(recurse=False))
+        return f"{path}.{name}"
+
+    def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:
+        if self.plan is None:
+            return False
+        module, name = get_module_from_name(model, param_name)
+        return name in getattr(module, "pending", ()) or bool(self.heads_tied_to(param_name))
+
+    def heads_tied_to(self, param_name: str) -> list[str]:
+        """Paths of the output embeddings that are quantized from the parameter `param_name`, the input embeddings."""
+        return [head for head, source in self.plan.tied_heads.items() if source == param_name]
+
+    def param_element_size(self, model: "PreTrainedModel", param_name: str, param: "torch.Tensor") -> float:
+        module, name = get_module_from_name(model, param_name)
+        is_placeholder = name in getattr(module, "pending", ()) and name not in module.stored
+        return 0 if is_placeholder else param.element_size()
+
+    def get_quantize_ops(self):
+        from ..integrations.exl3.loading import Exl3Quantize
+
+        return Exl3Quantize(self)
+
+    def progress(self, weights: int):
+        """Count `weights` more weights as quantized."""
+        self.progress_bar.update(weights)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
+        from ..integrations.exl3.loading import finish_modules
+        from ..integrations.exl3.saving import SaveWithTensorStorage
+
+        finish_modules(model, self.progress if self.plan else None)
+        if self.progress_bar is not None:
+            self.progress_bar.close()
+        self.placement = self.plan = self.progress_bar = None
+        if not self.quantization_config.dequantize:
+            model.save_pretrained = SaveWithTensorStorage(model)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        from ..integrations.exl3.loading import dequantize_modules
+
+        # Saving leaves the config's dtype as a string.
+        dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        del model.save_pretrained
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

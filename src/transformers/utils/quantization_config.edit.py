@@ -1,0 +1,84 @@
+class QuantizationMethod:
+    ...
+    EXL3 = "exl3"
+
+
+@dataclass
+class Exl3Config(QuantizationConfigMixin):
+    """
+    How a model is quantized to EXL3, the trellis-coded format of exllamav3, or was quantized by a converter.
+
+    A checkpoint needs nothing from here to be decoded: its tensors say it all. What a converter wrote into its config is
+    kept and written back.
+
+    Args:
+        bits (`float`, *optional*, defaults to 4.0):
+            Average bits per weight of the quantized layers, the head not counted, from 1 to 8. An average that is no
+            rate of the format (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8; halves with the mul1 codebook only) is met by
+            giving layers different rates.
+        head_bits (`float`, *optional*):
+            Bits per weight of the output embeddings: one of the rates, or 16 for not quantized. Unset, the head stays
+            as it is when a model is quantized. A head that is tied to the input embeddings and quantized becomes a
+            matrix of its own.
+        codebook (`str`, *optional*, defaults to `"mul1"`):
+            What states decode to: `"mul1"`, `"mcg"` or `"3inst"`. In checkpoints each layer has its own, whatever
+            stands here.
+        modules_to_not_convert (`list`, *optional*):
+            Names or patterns of modules to leave as they are when a model is quantized, beside the default ones.
+        dequantize (`bool`, *optional*, defaults to `False`):
+            Whether to load a quantized checkpoint as a plain model, with the weights that the quantized ones stand for.
+        kwargs (`dict[str, Any]`, *optional*):
+            Other fields that a converter wrote (`version`, `calibration`, `out_scales`, ...), kept as they are.
+    """
+
+    def __init__(
+        self,
+        bits: float = 4.0,
+        head_bits: float | None = None,
+        codebook: str | None = "mul1",
+        modules_to_not_convert: list | None = None,
+        dequantize: bool = False,
+        **kwargs,
+    ):
+        kwargs.pop("quant_method", None)
+        self.quant_method = QuantizationMethod.EXL3
+        self.bits = bits
+        self.head_bits = head_bits
+        self.codebook = codebook
+        self.modules_to_not_convert = modules_to_not_convert
+        self.dequantize = dequantize
+        self.converter_fields = kwargs
+        self.post_init()
+
+    def post_init(self):
+        """Raises `ValueError` or `TypeError` for what the format does not have, naming the field."""
+        rates = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+        for name, value in (("bits", self.bits), ("head_bits", self.head_bits)):
+            if name == "head_bits" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{name}` of Exl3Config has to be a number, got {value!r}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"`bits` of Exl3Config has to be from 1 to 8, got {self.bits}")
+        if self.head_bits not in (None, 16, *rates):
+            raise ValueError(f"`head_bits` of Exl3Config has to be one of {rates}, 16 or None, got {self.head_bits}")
+        if self.codebook not in (None, "3inst", "mcg", "mul1"):
+            raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
+        names = self.modules_to_not_convert
+        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+            raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")
+        if not isinstance(self.dequantize, bool):
+            raise TypeError(f"`dequantize` of Exl3Config has to be True or False, got {self.dequantize!r}")
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        # Converters before 0.0.9 wrote no codebook: what the tensors say is not to be overridden by a default.
+        return super().from_dict({"codebook": None, **config_dict}, return_unused_kwargs, **kwargs)
+
+    def get_loading_attributes(self):
+        return {"dequantize": self.dequantize}
+
+    def to_dict(self) -> dict[str, Any]:
+        written = ("bits", "head_bits", "codebook", "modules_to_not_convert")
+        fields = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
+        return copy.deepcopy({"quant_method": "exl3", **fields, **self.converter_fields})
