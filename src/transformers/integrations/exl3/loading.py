@@ -140,10 +140,13 @@ class Exl3Dequantize(ConversionOps):
         placement = self.hf_quantizer.placement
         path = full_layer_name.rpartition(".")[0]
         module = placement.modules[path]
+        layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in input_dict.items():
-            checkpoint_module, _, leaf = name.rpartition(".")
-            layer = placement.layers[checkpoint_module].removeprefix(path).removeprefix(".")
-            module.get_submodule(layer).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            owner, _, leaf = name.rpartition(".")
+            layer = placement.layers[owner].removeprefix(path).removeprefix(".")
+            layers.setdefault(layer, {})[leaf] = tensor
+        for layer, tensors in layers.items():
+            module.get_submodule(layer).store(tensors)
         plain = module.dequantize(self.hf_quantizer.float_dtype)
         del placement.modules[path]  # with the quantized tensors
         return {f"{path}.{name}": value for name, value in plain.named_parameters(recurse=False)}

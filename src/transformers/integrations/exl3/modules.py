@@ -63,10 +63,15 @@ class Exl3Module(nn.Module):
         self.plain_dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
         self.train(plain.training)
 
-    def _store(self, tensors: dict[str, torch.Tensor]):
+    def store(self, tensors: dict[str, torch.Tensor]):
+        """Hold `tensors`, which are of the names, shapes and dtypes of a checkpoint."""
         self.stored = tuple(tensors)
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            if name == "signs":
+                # An embedding often has a model's first float parameter, whose dtype upstream takes for the model's.
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def plain(self) -> nn.Module:
@@ -147,7 +152,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
             plain = nn.Linear(in_features, out_features, "bias" in tensors, device="meta")
         self._stand_for(plain)
         self.register_parameter("bias", None)
-        self._store(tensors)
+        self.store(tensors)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -348,7 +353,7 @@ class Exl3Embedding(Exl3Module):
         super().__init__()
         self._stand_for(plain)
         self.num_embeddings, self.embedding_dim = plain.num_embeddings, plain.embedding_dim
-        self._store(tensors)
+        self.store(tensors)
         # The one thing that upstream's subclasses of `nn.Embedding` add: Gemma's scale.
         scale = getattr(plain, "scalar_embed_scale", None)
         self.embed_scale = float(plain.embed_scale) if scale is None and hasattr(plain, "embed_scale") else scale

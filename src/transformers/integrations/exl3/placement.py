@@ -62,7 +62,7 @@ FOLDED_ARCHITECTURES = {
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is one that `Exl3Linear` can stand for: a plain linear layer or a `Conv1D`."""
-    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
+    return type(module) in (nn.Linear, Conv1D)  # of subclasses nobody knows what they do with their weight
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
@@ -216,8 +216,9 @@ class Placement:
                 composites[Placement._split, path][part] = name
                 return
         if not self._is_ignored(name):
+            stands = type(self._paths[path]).__name__ if (path := self._target(name)[0]) in self._paths else "nothing"
             self._problems.append(
-                f"{name} is quantized in the checkpoint, and {type(self.model).__name__} has no such layer"
+                f"{name} is a quantized linear layer in the checkpoint, and {type(self.model).__name__} has {stands} at {path}"
             )
 
     def _in_model_parent(self, name: str) -> str:

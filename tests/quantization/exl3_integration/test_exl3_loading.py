@@ -1,0 +1,333 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading what converters write: every layout of the format, into every kind of module that models have."""
+
+import tempfile
+import unittest
+
+import torch
+from parameterized import parameterized
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Exl3Config
+from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.modules import (
+    Exl3Embedding,
+    Exl3Experts,
+    Exl3Linear,
+    Exl3Module,
+    Exl3SlicedLinear,
+    Exl3SplitLinear,
+)
+from transformers.testing_utils import require_accelerate, require_torch
+
+from .synthetic import SyntheticCheckpoint, random_linear, read_tensors
+from .tiny_models import tiny_inputs, tiny_model
+
+
+def count(model, kind):
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def parts(parent, sizes):
+    return {f"{parent}.{name}": size for name, size in sizes.items()}
+
+
+@require_torch
+@require_accelerate
+class Exl3LoadingTest(unittest.TestCase):
+    def check(self, name, checkpoint, auto_class=None, shards=1, edit=None):
+        """
+        A checkpoint loads without anything missing, has the outputs of the dense weights that it means, is saved as it
+        was, and loads as a plain model too. `edit` changes what only the quantized checkpoint has.
+        """
+        auto_class = auto_class or tiny_model(name)[1]
+        inputs = tiny_inputs(name)
+        with tempfile.TemporaryDirectory() as dense, tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(dense, checkpoint.dense, quantized=False)
+            expected = self.outputs(auto_class.from_pretrained(dense, dtype=torch.float32), inputs)
+            if edit is not None:
+                edit(checkpoint)
+            checkpoint.save(folder, checkpoint.tensors, shards=shards)
+            model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            self.assertFalse(info["missing_keys"])
+            self.assertFalse(info["unexpected_keys"])
+            result = self.outputs(model, inputs)
+            self.assert_close(result, expected)
+
+            plain = auto_class.from_pretrained(
+                folder, dtype=torch.float32, quantization_config=Exl3Config(dequantize=True)
+            )
+            self.assertEqual(count(plain, Exl3Module), 0)
+            self.assertFalse(hasattr(plain.config, "quantization_config"))
+            self.assert_close(self.outputs(plain, inputs), expected)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            self.assert_same_tensors(read_tensors(folder), checkpoint.tensors)
+            self.assertTrue(torch.equal(self.outputs(auto_class.from_pretrained(folder), inputs), result))
+        return model
+
+    @staticmethod
+    @torch.no_grad()
+    def outputs(model, inputs):
+        return model(**inputs)[0]
+
+    def assert_close(self, result, expected):
+        self.assertLess(float((result - expected).abs().max() / expected.abs().max()), 1e-5)
+
+    def assert_same_tensors(self, saved, tensors):
+        self.assertEqual(saved.keys(), tensors.keys())
+        for name, tensor in tensors.items():
+            self.assertEqual((saved[name].dtype, saved[name].shape), (tensor.dtype, tensor.shape), name)
+            self.assertTrue(torch.equal(saved[name], tensor), name)
+
+    @parameterized.expand(format.BITS)
+    def test_every_rate(self, bits):
+        model, _ = tiny_model("llama")
+        checkpoint = SyntheticCheckpoint(model)
+        checkpoint.quantize_all("layers.0", bits=bits)
+        loaded = self.check("llama", checkpoint)
+        self.assertEqual(count(loaded, Exl3Linear), 7)
+        self.assertEqual(loaded.model.layers[0].mlp.up_proj.bits, bits)
+
+    def test_bits_codebooks_signs_and_head_differ_within_a_model(self):
+        model, _ = tiny_model("llama")
+        checkpoint = SyntheticCheckpoint(model)
+        checkpoint.quantize("model.layers.0.self_attn.q_proj", codebook="3inst", signs=True)
+        checkpoint.quantize("model.layers.0.self_attn.k_proj", codebook="mcg", bits=1)
+        checkpoint.quantize("model.layers.0.self_attn.v_proj", bits=2.5)
+        checkpoint.quantize_all("layers.0", bits=3)
+        checkpoint.quantize("lm_head", bits=6)
+        self.check("llama", checkpoint, shards=3)
+
+    def test_biases(self):
+        model, _ = tiny_model("qwen2")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.k_proj.bias.normal_()
+        checkpoint = SyntheticCheckpoint(model)
+        checkpoint.quantize_all()
+        self.check("qwen2", checkpoint)
+
+    @parameterized.expand(["bert", "t5"])
+    def test_encoders(self, name):
+        checkpoint = SyntheticCheckpoint(tiny_model(name)[0])
+        checkpoint.quantize_all("encoder")
+        self.check(name, checkpoint)
+
+    def test_conv1d(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("gpt2")[0])
+        name = next(key for key in checkpoint.dense if key.endswith("h.0.mlp.c_fc.weight")).removesuffix(".weight")
+        weight = checkpoint.tensors.pop(f"{name}.weight")
+        tensors, dense = random_linear(weight.shape[1], weight.shape[0], bias=checkpoint.tensors.pop(f"{name}.bias"))
+        checkpoint.dense |= {
+            f"{name}.weight": dense.T.contiguous(),
+            f"{name}.bias": tensors["bias"][: weight.shape[1]].float(),
+        }
+        checkpoint.tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        self.check("gpt2", checkpoint)
+
+    @parameterized.expand([("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+    def test_experts_in_both_namings(self, *projections):
+        name = "qwen3_moe" if projections[0] == "gate_proj" else "mixtral"
+        checkpoint = SyntheticCheckpoint(tiny_model(name)[0])
+        expert = next(key for key in checkpoint.tensors if f"experts.0.{projections[0]}" in key)
+        checkpoint.quantize(expert.removesuffix(".weight"), bits=2)  # the experts of a layer may differ
+        checkpoint.quantize_all("layers.0")
+        loaded = self.check(name, checkpoint)
+        self.assertEqual(count(loaded, Exl3Experts), 1)
+        self.assertEqual(loaded.model.layers[0].mlp.experts.projection(0, "gate").bits, 2)
+
+    def test_experts_without_gate(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("nemotron_h")[0])
+        checkpoint.quantize_all("experts.")
+        self.assertEqual(count(self.check("nemotron_h", checkpoint), Exl3Experts), 1)
+
+    def test_experts_that_the_source_kept_in_one_transposed_interleaved_tensor(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("gpt_oss")[0])
+        prefix = "model.layers.1.mlp.experts"
+        names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        gate_up, gate_up_bias, down, down_bias = (checkpoint.dense[f"{prefix}.{name}"] for name in names)
+        for name in names:
+            del checkpoint.tensors[f"{prefix}.{name}"]
+        for expert in range(len(down)):
+            pieces = {
+                "gate_proj": (gate_up[expert, :, ::2], gate_up_bias[expert, ::2]),
+                "up_proj": (gate_up[expert, :, 1::2], gate_up_bias[expert, 1::2]),
+                "down_proj": (down[expert], down_bias[expert]),
+            }
+            for seed, (projection, (weight, bias)) in enumerate(pieces.items()):
+                bias.normal_()
+                tensors, dense = random_linear(weight.shape[1], weight.shape[0], bias=bias, seed=10 * expert + seed)
+                weight.copy_(dense.T)
+                bias.copy_(bias.half())
+                checkpoint.tensors |= {f"{prefix}.{expert}.{projection}.{k}": tensor for k, tensor in tensors.items()}
+        self.check("gpt_oss", checkpoint)
+
+    def test_parts_of_fused_projections(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("phi3")[0])
+        attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+        query_key_value = parts(attention, {"q_proj": 128, "k_proj": 64, "v_proj": 64})
+        checkpoint.quantize(f"{attention}.qkv_proj", query_key_value, bits=3)
+        checkpoint.quantize(f"{mlp}.gate_up_proj", parts(mlp, {"gate_proj": 192, "up_proj": 192}), bits=2)
+        loaded = self.check("phi3", checkpoint)
+        self.assertEqual(count(loaded, Exl3SplitLinear), 2)
+
+    def test_gate_and_up_of_glm4(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("glm4")[0])
+        for mlp in ("model.layers.0.mlp", "model.layers.1.mlp"):
+            checkpoint.quantize(f"{mlp}.gate_up_proj", parts(mlp, {"gate_proj": 192, "up_proj": 192}))
+        self.assertEqual(count(self.check("glm4", checkpoint), Exl3SplitLinear), 2)
+
+    @parameterized.expand([("q_proj", "k_proj", "v_proj"), ("q", "k", "v")])
+    def test_vision_towers(self, *names):
+        checkpoint = SyntheticCheckpoint(tiny_model("qwen2_5_vl")[0])
+        for block in (0, 1):
+            attention = f"visual.blocks.{block}.attn"
+            checkpoint.quantize(f"{attention}.qkv", parts(attention, dict.fromkeys(names, 128)), bits=6)
+        checkpoint.quantize_all("visual.blocks")
+        checkpoint.quantize_all("layers")
+        checkpoint.quantize("lm_head", bits=6)
+        self.check("qwen2_5_vl", checkpoint)
+
+    def test_slices_of_wide_mlps(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        mlp = "model.layers.0.mlp"
+        for projection, sign, bits in (("gate_proj", 1, 4), ("up_proj", 1, 3), ("down_proj", -1, 4)):
+            sizes = {f"{projection}.slice.0": sign * 128, f"{projection}.slice.1": sign * 64}
+            checkpoint.quantize(f"{mlp}.{projection}", parts(mlp, sizes), bits=bits)
+        self.assertEqual(count(self.check("llama", checkpoint), Exl3SlicedLinear), 3)
+
+    def test_a_quantized_head_is_untied_whatever_the_config_says(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize("lm_head", bits=6)
+        loaded = self.check("llama", checkpoint, edit=lambda c: c.config.update(tie_word_embeddings=True))
+        self.assertFalse(loaded.config.tie_word_embeddings)
+        loaded.tie_weights()
+        self.assertIsInstance(loaded.lm_head, Exl3Linear)
+
+    def test_a_quantized_head_is_untied_under_a_nested_text_config(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("gemma3")[0])
+        head = "language_model.lm_head"  # the name in files of this architecture
+        tensors, checkpoint.dense[f"{head}.weight"] = random_linear(100, 128, bits=6)
+
+        def tie(is_tied):
+            checkpoint.config["tie_word_embeddings"] = checkpoint.config["text_config"]["tie_word_embeddings"] = (
+                is_tied
+            )
+
+        def edit(checkpoint):
+            checkpoint.tensors |= {f"{head}.{leaf}": tensor for leaf, tensor in tensors.items()}
+            tie(True)
+
+        tie(False)
+        loaded = self.check("gemma3", checkpoint, edit=edit)
+        self.assertFalse(loaded.config.get_text_config().tie_word_embeddings)
+
+    def test_renamed_prefixes(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("gemma3")[0])
+        checkpoint.quantize_all("language_model.model.layers")
+        loaded = self.check("gemma3", checkpoint)
+        self.assertIsInstance(loaded.model.language_model.layers[0].mlp.up_proj, Exl3Linear)
+
+    @parameterized.expand([False, True])
+    def test_quantized_embeddings(self, says_tied):
+        checkpoint = SyntheticCheckpoint(tiny_model("gemma3_text")[0])
+        generator = torch.Generator().manual_seed(0)
+        trellis = torch.randint(-(1 << 15), 1 << 15, (100, 65), generator=generator).to(torch.int16)
+        trellis[:, 0] = torch.full((100,), 0.1).half().view(torch.int16)  # the scale of each ring
+        signs = torch.randn(1, 256, generator=generator).sign().half()
+        checkpoint.dense["model.embed_tokens.weight"] = ops.embedding(torch.arange(100), trellis, signs, 128)
+        checkpoint.dense["lm_head.weight"] = torch.randn(100, 128, generator=generator)
+        checkpoint.config["tie_word_embeddings"] = False
+        checkpoint.tensors["lm_head.weight"] = checkpoint.dense["lm_head.weight"]
+        checkpoint.quantize("lm_head")
+
+        def edit(checkpoint):
+            del checkpoint.tensors["model.embed_tokens.weight"]
+            checkpoint.tensors |= {"model.embed_tokens.trellis": trellis, "model.embed_tokens.signs": signs}
+            checkpoint.config["tie_word_embeddings"] = says_tied
+
+        loaded = self.check("gemma3_text", checkpoint, edit=edit)
+        self.assertEqual(count(loaded, Exl3Embedding), 1)
+
+    def test_padding_of_what_is_not_quantized_is_cut_off(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize_all("layers.0")
+        down = "model.layers.1.mlp.down_proj.weight"
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as dense:
+            checkpoint.save(dense, checkpoint.dense, quantized=False)
+            head = checkpoint.tensors["lm_head.weight"]
+            checkpoint.tensors["lm_head.weight"] = torch.nn.functional.pad(head, (0, 0, 0, 28), value=7.0)
+            checkpoint.tensors[down] = torch.nn.functional.pad(checkpoint.tensors[down], (0, 64), value=7.0)
+            checkpoint.save(folder, checkpoint.tensors)
+            inputs = tiny_inputs("llama")
+            expected = self.outputs(AutoModelForCausalLM.from_pretrained(dense), inputs)
+            for kwargs in ({}, {"quantization_config": Exl3Config(dequantize=True)}):
+                model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+                self.assertEqual(model.lm_head.weight.shape, head.shape)
+                self.assert_close(self.outputs(model, inputs), expected)
+
+    def test_the_base_model_loads_without_the_head(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize_all()
+        checkpoint.quantize("lm_head")
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as dense:
+            checkpoint.save(dense, checkpoint.dense, quantized=False)
+            checkpoint.save(folder, checkpoint.tensors)
+            inputs = tiny_inputs("llama")
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            self.assert_close(self.outputs(model, inputs), self.outputs(AutoModel.from_pretrained(dense), inputs))
+
+    @parameterized.expand([(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+    def test_other_dtypes_keep_the_scales(self, dtype, tolerance):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize_all()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            inputs = tiny_inputs("llama")
+            expected = self.outputs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), inputs)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            layer = model.model.layers[0].mlp.up_proj
+            self.assertEqual((layer.suh.dtype, layer.weight.dtype), (torch.float16, dtype))
+            result = self.outputs(model, inputs)
+            self.assertEqual(result.dtype, dtype)
+            error = (result.float() - expected).pow(2).mean().sqrt() / expected.std()
+            self.assertLess(float(error), tolerance)
+
+    def test_offloaded_and_mapped_models_have_the_same_outputs(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("phi3")[0])
+        attention = "model.layers.0.self_attn"
+        query_key_value = parts(attention, {"q_proj": 128, "k_proj": 64, "v_proj": 64})
+        checkpoint.quantize(f"{attention}.qkv_proj", query_key_value)
+        checkpoint.quantize_all("layers.1.self_attn.o_proj")
+        inputs = tiny_inputs("phi3")
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as offload:
+            checkpoint.save(folder, checkpoint.tensors)
+            expected = self.outputs(AutoModelForCausalLM.from_pretrained(folder), inputs)
+            on_disk = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+            on_disk |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+            for device_map in ("auto", on_disk):
+                model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=offload)
+                self.assertTrue(torch.equal(self.outputs(model, inputs), expected))
+                with tempfile.TemporaryDirectory() as saved:
+                    model.save_pretrained(saved)
+                    self.assert_same_tensors(read_tensors(saved), checkpoint.tensors)
+
+    def test_images_only_need_their_own_class(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("qwen2_5_vl")[0])
+        checkpoint.quantize_all("layers")
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            model = AutoModelForImageTextToText.from_pretrained(folder)
+            self.assertGreater(count(model, Exl3Linear), 0)
