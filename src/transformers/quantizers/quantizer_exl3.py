@@ -41,6 +41,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self.plan = None  # for a float checkpoint
         self.float_dtype = None
         self.progress_bar = None
+        self.has_failed = False  # whether a parameter could not be quantized
 
     @property
     def requires_parameters_quantization(self) -> bool:
@@ -112,32 +113,11 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.placement.modules
 
     def update_weight_conversions(self, weight_conversions, model):
-        from ..core_model_loading import WeightRenaming, apply_renamings
-        from ..integrations.exl3.loading import Exl3Converter, Exl3Dequantize, Exl3Names, Exl3Unpad
+        from ..integrations.exl3.loading import Exl3Names, with_transforms
 
         if self.plan is not None:
             return [*weight_conversions, Exl3Names(self.plan.names)]
-        renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
-        tensors = {
-            apply_renamings(f"{module}.{leaf}", renamings): (layer, leaf)
-            for module, layer in self.placement.layers.items()
-            for leaf in (self.placement.checkpoint.linears | self.placement.checkpoint.embeddings)[module]
-        }
-        unpad = {apply_renamings(name, renamings): name for name in self.placement.padded}
-        converters = [Exl3Converter(unpad, Exl3Unpad(self))]
-        if not self.quantization_config.dequantize:
-            names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items()}
-            return [*converters, *weight_conversions, Exl3Names(names)]
-        targets = {name: self._plain_parameter(layer) for name, (layer, _) in tensors.items()}
-        return [Exl3Converter(targets, Exl3Dequantize(self)), *converters, *weight_conversions]
-
-    def _plain_parameter(self, layer: str) -> str:
-        """The first parameter of the plain module that `layer` is of: all of the module's tensors are collected under it."""
-        path = layer
-        while path not in self.placement.modules:
-            path = path.rpartition(".")[0]
-        name, _ = next(self.placement.modules[path].plain.named_parameters(recurse=False))
-        return f"{path}.{name}"
+        return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:
         if self.plan is None:

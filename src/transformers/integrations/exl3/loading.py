@@ -28,11 +28,14 @@ from ...core_model_loading import (
     ConversionOps,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
+    apply_renamings,
     dot_natural_key,
     log_conversion_errors,
 )
 from . import encoder, format, ops
 from .modules import Exl3Linear, Exl3Module
+from .placement import EXPERT_PARAMETERS
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
@@ -152,6 +155,38 @@ class Exl3Dequantize(ConversionOps):
         return {f"{path}.{name}": value for name, value in plain.named_parameters(recurse=False)}
 
 
+def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> list[WeightTransform]:
+    """Upstream's transforms for a model, and those that its EXL3 checkpoint needs beside them."""
+    placement = hf_quantizer.placement
+    renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
+    quantized = placement.checkpoint.linears | placement.checkpoint.embeddings
+    tensors = {
+        apply_renamings(f"{module}.{leaf}", renamings): (layer, leaf)
+        for module, layer in placement.layers.items()
+        for leaf in quantized[module]
+    }
+    unpad = {apply_renamings(name, renamings): name for name in placement.padded}
+    converters: list[WeightTransform] = [Exl3Converter(unpad, Exl3Unpad(hf_quantizer))]
+    for entry in weight_conversions:
+        # Experts come one by one, not through the converters that merge them; what is dequantized leaves through these.
+        targets = {target.rpartition(".")[2] for target in entry.target_patterns}
+        if isinstance(entry, WeightConverter) and EXPERT_PARAMETERS & targets:
+            entry._was_used = True
+    if not hf_quantizer.quantization_config.dequantize:
+        names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items()}
+        return [*converters, *weight_conversions, Exl3Names(names)]
+    targets = {name: _first_plain_parameter(placement, layer) for name, (layer, _) in tensors.items()}
+    return [Exl3Converter(targets, Exl3Dequantize(hf_quantizer)), *converters, *weight_conversions]
+
+
+def _first_plain_parameter(placement, layer: str) -> str:
+    """The parameter of the model under which all tensors of the module that `layer` is part of are collected."""
+    while layer not in placement.modules:
+        layer = layer.rpartition(".")[0]
+    name, _ = next(placement.modules[layer].plain.named_parameters(recurse=False))
+    return f"{layer}.{name}"
+
+
 class Exl3Quantize(ConversionOps):
     """Quantizes a parameter of a float checkpoint for the module that waits for it."""
 
@@ -160,21 +195,30 @@ class Exl3Quantize(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+        quantizer = self.hf_quantizer
+        if quantizer.has_failed:
+            # Upstream raises the error when it has been through all parameters, which would take hours for nothing.
+            missing_keys.clear()
+            return {}
+        quantizer.has_failed = True
         result = {}
         for name, value in input_dict.items():
-            value = value[0] if isinstance(value, list) else value
-            path, _, parameter = name.rpartition(".")
+            result |= self._quantized(name, value[0] if isinstance(value, list) else value, model, missing_keys)
+        quantizer.has_failed = False
+        return result
+
+    def _quantized(self, name, value, model, missing_keys):
+        """What the parameter `name` becomes: itself where nothing waits for it."""
+        result = {}
+        path, _, parameter = name.rpartition(".")
+        waiting = [(path, parameter)] if parameter in getattr(model.get_submodule(path), "pending", ()) else []
+        if not waiting:
+            result[name] = value
+        waiting += [(head, "weight") for head in self.hf_quantizer.heads_tied_to(name)]
+        for path, parameter in waiting:
             module = model.get_submodule(path)
-            if isinstance(module, Exl3Module) and parameter in module.pending:
-                result |= quantize_parameter(path, module, parameter, value, self.hf_quantizer.progress)
-                missing_keys.discard(name)
-            else:
-                result[name] = value
-            for head in self.hf_quantizer.heads_tied_to(name):
-                result |= quantize_parameter(
-                    head, model.get_submodule(head), "weight", value, self.hf_quantizer.progress
-                )
-                missing_keys.discard(f"{head}.weight")
+            result |= quantize_parameter(path, module, parameter, value, self.hf_quantizer.progress)
+            missing_keys.discard(f"{path}.{parameter}")
         return result
 
 

@@ -1,0 +1,180 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The modules by themselves: what they compute, how they move, and what they stand for."""
+
+import copy
+import pickle
+import unittest
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+from transformers.integrations.exl3 import format
+from transformers.integrations.exl3.modules import (
+    Exl3Embedding,
+    Exl3Experts,
+    Exl3Linear,
+    Exl3Module,
+    Exl3SlicedLinear,
+    Exl3SplitLinear,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.testing_utils import require_torch
+
+from .synthetic import random_linear
+from .tiny_models import tiny_model
+
+
+def make(in_features, out_features, bias=True, plain=None, **kwargs):
+    values = torch.linspace(-1, 1, out_features) if bias else None
+    tensors, weight = random_linear(out_features, in_features, bias=values, **kwargs)
+    return Exl3Linear(in_features, out_features, tensors, plain), weight
+
+
+def error(result, expected):
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+@require_torch
+class Exl3ModulesTest(unittest.TestCase):
+    def assert_stands_for(self, module: Exl3Module, x: torch.Tensor):
+        """`module` and the plain module that it dequantizes to have the same outputs."""
+        plain = module.dequantize(torch.float32)
+        self.assertIs(type(plain), type(module.plain))
+        self.assertLess(error(module(x), plain(x)), 1e-5)
+        return plain
+
+    @parameterized.expand([(128, 128), (200, 130), (1, 300), (384, 1)])
+    def test_linear(self, in_features, out_features):
+        for bias in (True, False):
+            module, weight = make(in_features, out_features, bias)
+            x = torch.randn(2, 3, in_features)
+            plain = self.assert_stands_for(module, x)
+            self.assertEqual((plain.in_features, plain.out_features), (in_features, out_features))
+            self.assertLess(error(plain.weight, weight), 1e-6)
+            self.assertEqual(plain.bias is not None, bias)
+            self.assertTrue(torch.equal(module.weight, plain.weight))
+
+    def test_conv1d(self):
+        module, weight = make(192, 130, plain=Conv1D(130, 192))
+        plain = self.assert_stands_for(module, torch.randn(2, 192))
+        self.assertLess(error(plain.weight, weight.T), 1e-6)
+
+    def test_split(self):
+        parts = {name: make(192, size, seed=size)[0] for name, size in (("q", 128), ("k", 64), ("v", 60))}
+        module = Exl3SplitLinear(parts, nn.Linear(192, 252))
+        self.assert_stands_for(module, torch.randn(5, 192))
+        self.assertEqual([name for name, _ in module.named_children()], ["q", "k", "v"])
+
+    @parameterized.expand([(True,), (False,)])
+    def test_sliced(self, cuts_input):
+        sizes = [(128, 200), (70, 200)] if cuts_input else [(198, 128), (198, 72)]
+        slices = [make(*size, bias=not cuts_input or index == 0, seed=index)[0] for index, size in enumerate(sizes)]
+        module = Exl3SlicedLinear(slices, nn.Linear(198, 200))
+        self.assertEqual(module.cuts_input, cuts_input)
+        self.assert_stands_for(module, torch.randn(5, 198))
+
+    @parameterized.expand(["mixtral", "gpt_oss", "nemotron_h"])
+    def test_experts(self, name):
+        """Gated, gated with interleaved columns, biases and a transposed layout, and without a gate."""
+        model, _ = tiny_model(name)
+        own = [
+            module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "num_experts")
+        ][0]
+        own.config._experts_implementation = "eager"
+        hidden, has_bias = 128, hasattr(own, "down_proj_bias")
+        width = own.down_proj.numel() // (own.num_experts * hidden)
+        names = {"up": "up_proj", "down": "down_proj"}
+        if hasattr(own, "gate_up_proj"):
+            names = {"gate": "gate_proj", **names}
+        shapes = {role: (width, hidden) if role == "down" else (hidden, width) for role in names}
+        experts = [
+            {names[role]: make(*shapes[role], has_bias, seed=10 * e + len(role))[0] for role in names}
+            for e in range(own.num_experts)
+        ]
+        module = Exl3Experts(experts, names, own)
+        plain = module.dequantize(torch.float32)
+        self.assertEqual(
+            {k: v.shape for k, v in plain.named_parameters()}, {k: v.shape for k, v in own.named_parameters()}
+        )
+        tokens = 11
+        x, weights = torch.randn(tokens, hidden), torch.rand(tokens, 2)
+        index = torch.stack([torch.randperm(own.num_experts)[:2] for _ in range(tokens)])
+        self.assertLess(error(module(x, index, weights), plain(x, index, weights)), 1e-5)
+        # The sentinel of expert parallelism, and experts that no token is routed to.
+        nobody = torch.full_like(index, own.num_experts)
+        self.assertTrue(torch.equal(module(x, nobody, weights), torch.zeros_like(x)))
+        only = torch.zeros_like(index[:, :1])
+        alone = module(x, only, weights[:, :1])
+        self.assertLess(error(alone, plain(x, only, weights[:, :1])), 1e-5)
+        self.assertLess(error(module(x[3:4], only[3:4], weights[3:4, :1]), alone[3:4]), 1e-5)
+        self.assertEqual(module(x[:0], index[:0], weights[:0]).shape, (0, hidden))
+
+    def test_embedding(self):
+        signs = torch.randn(2, 256).sign().half()
+        trellis = torch.randint(-(1 << 15), 1 << 15, (30, 2 * (1 + 16 * 4))).to(torch.int16)
+        trellis.view(30, 2, 65)[..., 0] = torch.tensor(0.25).half().view(torch.int16)
+        module = Exl3Embedding({"trellis": trellis, "signs": signs}, nn.Embedding(30, 320, padding_idx=29))
+        ids = torch.tensor([[3, 29, 3], [0, 1, 2]])
+        plain = self.assert_stands_for(module, ids)
+        self.assertEqual(plain.padding_idx, 29)
+        self.assertEqual(module(ids[:, :0]).shape, (2, 0, 320))
+
+    def test_casting_and_moving_keep_the_format(self):
+        module, _ = make(128, 128)
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        for cast in (module.half, module.float, module.bfloat16, lambda: module.to("cpu", torch.float64)):
+            after = cast().state_dict()
+            self.assertTrue(all(torch.equal(after[name], before[name]) for name in before))
+            self.assertTrue(all(after[name].dtype == before[name].dtype for name in before))
+        self.assertTrue(all(parameter.is_meta for parameter in module.to("meta").parameters()))
+
+    def test_copies_and_pickles(self):
+        for module in (make(128, 130)[0], Exl3SplitLinear({"a": make(128, 130)[0]}, nn.Linear(128, 130))):
+            x = torch.randn(3, 128)
+            for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+                self.assertTrue(torch.equal(other(x), module(x)))
+                self.assertFalse(
+                    {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in module.parameters()}
+                )
+
+    def test_legacy_signs_and_unsigned_words(self):
+        tensors, weight = random_linear(128, 256, signs=True)
+        module = Exl3Linear(256, 128, tensors)
+        self.assertLess(error(module.weight, weight), 1e-6)
+        tensors["trellis"] = tensors["trellis"].view(torch.uint16)
+        self.assertTrue(torch.equal(Exl3Linear(256, 128, tensors).weight, module.weight))
+
+    def test_gradients_pass_through(self):
+        module, weight = make(130, 200)
+        x, g = torch.randn(4, 130, requires_grad=True), torch.randn(4, 200)
+        module(x).backward(g)
+        self.assertLess(error(x.grad, g @ weight), 1e-5)
+        self.assertFalse(any(parameter.requires_grad for parameter in module.parameters()))
+
+    def test_the_weight_cannot_be_assigned(self):
+        module, _ = make(128, 128)
+        with self.assertRaises(KeyError):
+            module.weight = nn.Parameter(torch.zeros(128, 128))
+
+    def test_representation_tells_bits_and_codebook(self):
+        module, _ = make(128, 130, bits=2.5)
+        self.assertIn("in_features=128, out_features=130, bias=True, bits=2.5, codebook=mul1", repr(module))
+
+    def test_state_is_what_a_checkpoint_has(self):
+        for codebook in format.CODEBOOKS:
+            tensors, _ = random_linear(130, 128, bits=3, codebook=codebook)
+            state = Exl3Linear(128, 130, tensors).state_dict()
+            self.assertEqual(state.keys(), tensors.keys())

@@ -1,0 +1,368 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Quantizing float checkpoints on the fly, and saving what comes out of it."""
+
+import contextlib
+import copy
+import gc
+import io
+import json
+import os
+import tempfile
+import unittest
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM
+from transformers.integrations.exl3 import format
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from transformers.testing_utils import require_accelerate, require_torch
+from transformers.utils import logging
+
+from .synthetic import read_tensors
+from .tiny_models import MODELS, tiny_inputs, tiny_model
+
+
+# Exl3Linear, Exl3SplitLinear, Exl3Experts, and nn.Linear or Conv1D that are left, of each model quantized by default.
+EXPECTED_MODULES = {
+    "llama": (14, 0, 0, 1),
+    "llama_tied": (14, 0, 0, 1),
+    "llama_base": (14, 0, 0, 0),
+    "llama_classifier": (14, 0, 0, 1),
+    "qwen2": (14, 0, 0, 1),
+    "gemma3_text": (14, 0, 0, 1),
+    "gpt2": (8, 0, 0, 1),
+    "bert": (12, 0, 0, 1),
+    "bert_classifier": (13, 0, 0, 1),
+    "t5": (28, 0, 0, 5),
+    "mixtral": (32, 0, 2, 1),
+    "qwen3_moe": (32, 0, 2, 1),
+    "gpt_oss": (32, 0, 2, 1),
+    "phi3": (14, 4, 0, 1),
+    "glm4": (14, 2, 0, 1),
+    "nemotron_h": (14, 0, 1, 1),
+    "qwen2_5_vl": (30, 2, 0, 1),
+    "gemma3": (28, 0, 0, 1),
+}
+
+
+@torch.no_grad()
+def outputs(model, name):
+    return model(**tiny_inputs(name))[0]
+
+
+def error(result, expected):
+    return float((result - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+
+
+def count(model):
+    kinds = (Exl3Linear, Exl3SplitLinear, Exl3Experts)
+    found = [sum(isinstance(module, kind) for module in model.modules()) for kind in kinds]
+    return (*found, sum(type(module).__name__ in ("Linear", "Conv1D") for module in model.modules()))
+
+
+@require_torch
+@require_accelerate
+class Exl3QuantizingTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        cls.verbosity = logging.get_verbosity()
+
+    def source(self, name):
+        """A float checkpoint of the model `name`, and its model."""
+        folder = os.path.join(self.folder.name, name)
+        model, auto_class = tiny_model(name)
+        if not os.path.isdir(folder):
+            model.save_pretrained(folder)
+        return folder, model, auto_class
+
+    def quantize(self, name, config=None, **kwargs):
+        folder, model, auto_class = self.source(name)
+        config = config or Exl3Config(bits=8)
+        return auto_class.from_pretrained(
+            folder, quantization_config=config, **{"dtype": torch.float32, **kwargs}
+        ), model
+
+    @parameterized.expand(sorted(MODELS))
+    def test_models(self, name):
+        """Quantized at 8 bits a model stays close; saved, sharded, loaded and dequantized it stays the same."""
+        quantized, model = self.quantize(name)
+        auto_class = MODELS[name][0]
+        self.assertEqual(count(quantized), EXPECTED_MODULES[name])
+        result = outputs(quantized, name)
+        self.assertLess(error(result, outputs(model, name)), 0.05)
+        self.assertFalse(
+            any(
+                p.is_meta or p.requires_grad
+                for m in quantized.modules()
+                if isinstance(m, Exl3Module)
+                for p in m.parameters()
+            )
+        )
+        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+            quantized.save_pretrained(first)
+            loaded, info = auto_class.from_pretrained(first, dtype=torch.float32, output_loading_info=True)
+            self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
+            self.assertTrue(torch.equal(outputs(loaded, name), result))
+            loaded.save_pretrained(second, max_shard_size="100kB")
+            self.assertGreater(len([file for file in os.listdir(second) if file.endswith(".safetensors")]), 1)
+            saved, again = read_tensors(first), read_tensors(second)
+            self.assertEqual(saved.keys(), again.keys())
+            for key, tensor in saved.items():
+                self.assertEqual((tensor.dtype, tensor.shape), (again[key].dtype, again[key].shape))
+                self.assertTrue(torch.equal(tensor, again[key]), key)
+            self.check_layout(first, saved)
+            self.check_layout(second, again)
+            plain = auto_class.from_pretrained(
+                second, dtype=torch.float32, quantization_config=Exl3Config(dequantize=True)
+            )
+        loaded.dequantize()
+        for other in (plain, loaded):
+            self.assertFalse(any(isinstance(module, Exl3Module) for module in other.modules()))
+            self.assertEqual(
+                {k: v.shape for k, v in other.state_dict().items()},
+                {k: v.shape for k, v in model.state_dict().items()},
+            )
+            self.assertLess(error(outputs(other, name), result), 1e-5)
+        with tempfile.TemporaryDirectory() as folder:  # what is plain again is saved as a float checkpoint
+            loaded.save_pretrained(folder)
+            self.assertEqual(read_tensors(folder).keys(), read_tensors(self.source(name)[0]).keys())
+            self.assertFalse(os.path.exists(os.path.join(folder, "quantization_config.json")))
+
+    def check_layout(self, folder, tensors):
+        """The files of `folder` hold what the format says, and `quantization_config.json` tells what they hold."""
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)["quantization_config"]
+        with open(os.path.join(folder, "quantization_config.json"), encoding="utf-8") as file:
+            beside = json.load(file)
+        storage = beside.pop("tensor_storage")
+        self.assertEqual(beside, config)
+        self.assertEqual(config["quant_method"], "exl3")
+        described = {name: tensor for module in storage.values() for name, tensor in module["stored_tensors"].items()}
+        self.assertEqual(described.keys(), tensors.keys())
+        for name, tensor in tensors.items():
+            expected = {"shape": list(tensor.shape), "n_bytes": tensor.nbytes, "dtype": str(tensor.dtype)}
+            self.assertEqual(described[name], expected)
+        for name in [name for name in tensors if name.endswith(".trellis")]:
+            module = name.removesuffix(".trellis")
+            rows, columns, _ = tensors[name].shape
+            self.assertEqual((rows % 8, columns % 8, tensors[name].dtype), (0, 0, torch.int16))
+            for leaf, size in (("suh", 16 * rows), ("svh", 16 * columns)):
+                scale = tensors[f"{module}.{leaf}"]
+                self.assertEqual((scale.dtype, list(scale.shape)), (torch.float16, [size]))
+            self.assertEqual(tensors[f"{module}.mul1"].item(), -2082680531)
+            self.assertEqual(tensors[f"{module}.mul1"].shape, ())
+            self.assertNotIn(f"{module}.weight", tensors)
+            if f"{module}.bias" in tensors:
+                bias = tensors[f"{module}.bias"]
+                self.assertEqual((bias.dtype, list(bias.shape)), (torch.float16, [16 * columns]))
+            self.assertEqual(storage[module]["quant_format"], "exl3")
+            self.assertEqual(storage[module]["bits_per_weight"], tensors[name].shape[2] / 16)
+            self.assertEqual(storage[module]["mul1_multiplier"], 0x83DCD12D)
+
+    @parameterized.expand(
+        [
+            ("phi3", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"),
+            ("glm4", "model.layers.1.mlp.gate_proj"),
+            (
+                "mixtral",
+                "model.layers.0.block_sparse_moe.experts.3.w1",
+                "model.layers.1.block_sparse_moe.experts.0.w2",
+            ),
+            ("qwen3_moe", "model.layers.0.mlp.experts.3.gate_proj"),
+            ("gpt_oss", "model.layers.0.mlp.experts.3.down_proj"),
+            ("qwen2_5_vl", "visual.blocks.0.attn.q_proj", "model.layers.0.self_attn.q_proj"),
+            ("gemma3", "language_model.model.layers.0.mlp.up_proj"),
+        ]
+    )
+    def test_files_have_the_names_that_converters_use(self, name, *modules):
+        quantized, _ = self.quantize(name, Exl3Config(bits=1))
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            names = read_tensors(folder)
+        for module in modules:
+            self.assertIn(f"{module}.trellis", names)
+        fused = [key for key in names if "qkv" in key or ("gate_up" in key and not key.endswith("weight"))]
+        self.assertFalse(fused)
+
+    @parameterized.expand(format.CODEBOOKS)
+    def test_codebooks(self, codebook):
+        quantized, model = self.quantize("llama", Exl3Config(bits=4, codebook=codebook))
+        self.assertEqual({m.codebook for m in quantized.modules() if isinstance(m, Exl3Linear)}, {codebook})
+        self.assertLess(error(outputs(quantized, "llama"), outputs(model, "llama")), 0.2)
+
+    def test_more_bits_are_closer(self):
+        errors = []
+        for bits in (2, 3, 4, 6):
+            quantized, model = self.quantize("llama", Exl3Config(bits=bits))
+            errors.append(error(outputs(quantized, "llama"), outputs(model, "llama")))
+        self.assertEqual(errors, sorted(errors, reverse=True))
+        self.assertLess(errors[-1], errors[0] / 5)
+
+    def test_a_tied_head_that_is_quantized_is_untied(self):
+        quantized, model = self.quantize("llama_tied", Exl3Config(bits=6, head_bits=8))
+        self.assertEqual((quantized.lm_head.bits, quantized.config.tie_word_embeddings), (8, False))
+        self.assertIs(type(quantized.model.embed_tokens), nn.Embedding)
+        self.assertTrue(torch.equal(quantized.model.embed_tokens.weight, model.model.embed_tokens.weight))
+        self.assertLess(error(quantized.lm_head.weight, model.lm_head.weight), 0.01)
+        result = outputs(quantized, "llama_tied")
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+                self.assertFalse(json.load(file)["tie_word_embeddings"])
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            self.assertTrue(torch.equal(outputs(loaded, "llama_tied"), result))
+        plain = loaded.dequantize()
+        self.assertFalse(torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight))
+        self.assertLess(error(outputs(plain, "llama_tied"), result), 1e-5)
+
+    def test_an_untied_head_by_its_bits(self):
+        quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=6))
+        self.assertEqual((quantized.lm_head.bits, quantized.model.layers[0].mlp.up_proj.bits), (6, 2))
+        quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=16))
+        self.assertIs(type(quantized.lm_head), nn.Linear)
+
+    def test_names_and_patterns_of_modules_that_stay(self):
+        skip = ["down_proj", r"model.layers.0.self_attn", r"layers.*.mlp.up_proj"]
+        quantized, model = self.quantize("llama", Exl3Config(bits=2, modules_to_not_convert=skip))
+        left = {name for name, module in quantized.named_modules() if type(module) is nn.Linear}
+        attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+        self.assertEqual(
+            left - {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"},
+            {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", *attention},
+        )
+        weight = quantized.model.layers[0].self_attn.q_proj.weight
+        self.assertTrue(torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight))
+
+    @parameterized.expand([1.25, 2.25, 3.3, 4.5, 6.7])
+    def test_fractional_bits_meet_the_average(self, bits):
+        quantized, _ = self.quantize("llama", Exl3Config(bits=bits))
+        layers = [module for module in quantized.modules() if isinstance(module, Exl3Linear)]
+        weights = [layer.in_features * layer.out_features for layer in layers]
+        average = sum(layer.bits * weight for layer, weight in zip(layers, weights)) / sum(weights)
+        self.assertLessEqual(average, bits)
+        self.assertGreater(average, bits - 0.1)
+        self.assertGreater(len({layer.bits for layer in layers}), 1)
+
+    @parameterized.expand([(torch.bfloat16,), (torch.float16,)])
+    def test_other_dtypes(self, dtype):
+        quantized, model = self.quantize("llama", dtype=dtype)
+        layer = quantized.model.layers[0].mlp.up_proj
+        self.assertEqual((layer.suh.dtype, layer.svh.dtype, layer.weight.dtype), (torch.float16, torch.float16, dtype))
+        result = outputs(quantized, "llama")
+        self.assertEqual(result.dtype, dtype)
+        self.assertLess(error(result.float(), outputs(model, "llama")), 0.06)
+
+    def test_the_same_weights_give_the_same_bytes_on_any_number_of_threads(self):
+        states, threads = [], torch.get_num_threads()
+        try:
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                states.append(self.quantize("gpt_oss", Exl3Config(bits=2.3, head_bits=3))[0].state_dict())
+        finally:
+            torch.set_num_threads(threads)
+        for state in states[1:]:
+            self.assertTrue(all(torch.equal(state[name], tensor) for name, tensor in states[0].items()))
+
+    def test_a_progress_bar_counts_weights(self):
+        with contextlib.redirect_stderr(io.StringIO()) as stream:
+            quantized, _ = self.quantize("llama", Exl3Config(bits=2))
+        line = [part for part in stream.getvalue().split("\r") if "Quantizing to EXL3" in part][-1]
+        layers = [module for module in quantized.modules() if isinstance(module, Exl3Linear)]
+        total = sum(layer.in_features * layer.out_features for layer in layers)
+        self.assertIn("100%", line)
+        self.assertIn("weights/s", line)
+        self.assertIn(f"{total / 1000:.0f}k/{total / 1000:.0f}k", line)
+
+    def test_biases_that_float16_cannot_hold_are_an_error(self):
+        folder, model, auto_class = self.source("qwen2")
+        model.model.layers[1].self_attn.v_proj.bias.data[3] = 1e6
+        with tempfile.TemporaryDirectory() as other:
+            model.save_pretrained(other)
+            with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
+                auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
+        self.assertIn("model.layers.1.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
+
+    @parameterized.expand([("nan", float("nan")), ("inf", float("inf"))])
+    def test_weights_that_are_not_finite_are_an_error_that_names_them(self, _, value):
+        folder, model, auto_class = self.source("llama")
+        model.model.layers[0].mlp.up_proj.weight.data[3, 5] = value
+        with tempfile.TemporaryDirectory() as other:
+            model.save_pretrained(other)
+            with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
+                auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
+        self.assertIn("model.layers.0.mlp.up_proj.weight cannot be quantized", "".join(logs.output))
+
+    def test_weights_that_the_checkpoint_lacks_are_initialised_and_then_quantized(self):
+        folder, model, auto_class = self.source("llama")
+        state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+        with tempfile.TemporaryDirectory() as other:
+            model.save_pretrained(other, state_dict=state)
+            quantized, info = auto_class.from_pretrained(
+                other, quantization_config=Exl3Config(bits=4), output_loading_info=True
+            )
+        self.assertIn("model.layers.1.mlp.up_proj.weight", info["missing_keys"])
+        weight = quantized.model.layers[1].mlp.up_proj.weight
+        self.assertTrue(0.01 < weight.std() < 0.04)  # `initializer_range` is 0.02
+        self.assertTrue(outputs(quantized, "llama").isfinite().all())
+
+    def test_odd_sizes_and_extreme_matrices(self):
+        config = copy.deepcopy(MODELS["llama"][1])
+        config.hidden_size, config.intermediate_size, config.head_dim = 72, 37, 18
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.zero_()
+            model.model.layers[0].mlp.gate_proj.weight.fill_(0.5)
+            model.model.layers[1].mlp.up_proj.weight[:, 3] = 0
+            model.model.layers[1].mlp.down_proj.weight[7] = 0
+            model.model.layers[1].self_attn.q_proj.weight.mul_(1e-40)  # denormal
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(bits=8))
+        layers = quantized.model.layers
+        self.assertTrue(torch.equal(layers[0].mlp.up_proj.weight, torch.zeros(37, 72)))
+        self.assertLess(error(layers[0].mlp.gate_proj.weight, torch.full((37, 72), 0.5)), 0.1)
+        self.assertEqual(float(layers[1].mlp.up_proj.weight[:, 3].abs().max()), 0)
+        self.assertEqual(float(layers[1].mlp.down_proj.weight[7].abs().max()), 0)
+        self.assertLess(error(outputs(quantized, "llama"), outputs(model, "llama")), 0.1)
+
+    def test_on_the_fly_with_a_device_map(self):
+        folder, _, auto_class = self.source("llama")
+        expected = outputs(self.quantize("llama", Exl3Config(bits=2))[0], "llama")
+        device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+        device_map |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+        for placed in ("auto", device_map):
+            with tempfile.TemporaryDirectory() as offload:
+                model = auto_class.from_pretrained(
+                    folder, quantization_config=Exl3Config(bits=2), device_map=placed, offload_folder=offload
+                )
+                self.assertTrue(torch.equal(outputs(model, "llama"), expected))
+                del model
+                gc.collect()
+
+    def test_a_copy_saves_itself(self):
+        quantized, _ = self.quantize("llama", Exl3Config(bits=2))
+        other = copy.deepcopy(quantized)
+        with torch.no_grad():
+            other.model.norm.weight.fill_(3)
+        with tempfile.TemporaryDirectory() as folder:
+            other.save_pretrained(folder)
+            tensors = read_tensors(folder)
+            self.check_layout(folder, tensors)
+        self.assertEqual(float(tensors["model.norm.weight"].mean()), 3)
