@@ -82,6 +82,7 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.planning import Plan
 
         config = self.quantization_config
+        config.codebook = config.codebook or "mul1"  # a dict without one comes from no converter here
         skip = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
@@ -120,14 +121,13 @@ class Exl3HfQuantizer(HfQuantizer):
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:
-        if self.plan is None:
-            return False
         module, name = get_module_from_name(model, param_name)
         return name in getattr(module, "pending", ()) or bool(self.heads_tied_to(param_name))
 
     def heads_tied_to(self, param_name: str) -> list[str]:
         """Paths of the output embeddings that are quantized from the parameter `param_name`, the input embeddings."""
-        return [head for head, source in self.plan.tied_heads.items() if source == param_name]
+        tied_heads = self.plan.tied_heads if self.plan is not None else {}
+        return [head for head, source in tied_heads.items() if source == param_name]
 
     def param_element_size(self, model: "PreTrainedModel", param_name: str, param: "torch.Tensor") -> float:
         module, name = get_module_from_name(model, param_name)
@@ -139,16 +139,14 @@ class Exl3HfQuantizer(HfQuantizer):
 
         return Exl3Quantize(self)
 
-    def progress(self, weights: int):
-        """Count `weights` more weights as quantized."""
-        self.progress_bar.update(weights)
-
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
         from ..integrations.exl3.loading import finish_modules
         from ..integrations.exl3.saving import SaveWithTensorStorage
 
-        finish_modules(model, self.progress if self.plan else None)
-        if self.progress_bar is not None:
+        if self.progress_bar is None:
+            finish_modules(model)
+        else:
+            finish_modules(model, self.progress_bar.update)
             self.progress_bar.close()
         self.placement = self.plan = self.progress_bar = None
         if not self.quantization_config.dequantize:
@@ -168,4 +166,8 @@ class Exl3HfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters; the quantized weights themselves are frozen
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

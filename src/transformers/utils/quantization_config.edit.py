@@ -64,6 +64,8 @@ class Exl3Config(QuantizationConfigMixin):
             raise ValueError(f"`head_bits` of Exl3Config has to be one of {rates}, 16 or None, got {self.head_bits}")
         if self.codebook not in (None, "3inst", "mcg", "mul1"):
             raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
+        if self.head_bits in (1.5, 2.5, 3.5) and self.codebook in ("3inst", "mcg"):
+            raise ValueError(f"`head_bits` of {self.head_bits} needs the mul1 codebook, got {self.codebook!r}")
         names = self.modules_to_not_convert
         if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
             raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")

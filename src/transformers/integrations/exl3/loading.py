@@ -217,7 +217,7 @@ class Exl3Quantize(ConversionOps):
         waiting += [(head, "weight") for head in self.hf_quantizer.heads_tied_to(name)]
         for path, parameter in waiting:
             module = model.get_submodule(path)
-            result |= quantize_parameter(path, module, parameter, value, self.hf_quantizer.progress)
+            result |= quantize_parameter(path, module, parameter, value, self.hf_quantizer.progress_bar.update)
             missing_keys.discard(f"{path}.{parameter}")
         return result
 
@@ -272,22 +272,19 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
 
 def finish_modules(model: nn.Module, progress=None):
     """
-    What is left to do when all tensors are in place: quantize parameters that did not come by themselves (upstream
-    initialises those that a checkpoint lacks, and one converter may yield several), freeze, and align.
+    What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one
+    converter of upstream's may yield several) or not at all (they are initialised), freeze, and align.
 
     Args:
-        model (`nn.Module`): The model, changed in place.
+        model (`PreTrainedModel`): The model, changed in place.
         progress (`Callable`, *optional*): As in `quantize_parameter`.
     """
     for path, module in list(model.named_modules()):
-        for name in sorted(getattr(module, "pending", ())):
-            value = module._parameters[name].detach()
-            if name in module.stored:  # a bias that came padded already, or is initialised: it is as it should be
-                module.arrived(name)
-                continue
-            for tensor, result in quantize_parameter(path, module, name, value, progress).items():
-                owner, _, leaf = tensor.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(result, requires_grad=False))
+        if getattr(module, "pending", None):
+            for name, value in _late_parameters(model, path, module).items():
+                for tensor, result in quantize_parameter(path, module, name, value, progress).items():
+                    owner, _, leaf = tensor.rpartition(".")
+                    setattr(model.get_submodule(owner), leaf, nn.Parameter(result, requires_grad=False))
         if isinstance(module, Exl3Module):
             module.requires_grad_(False)
         for name, parameter in module._parameters.items():
@@ -298,6 +295,19 @@ def finish_modules(model: nn.Module, progress=None):
                 and parameter.data_ptr() % parameter.element_size()
             ):
                 parameter.data = parameter.data.clone()
+
+
+def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
+    """The parameters that `module` waits for: as they came, or as its model initialises what a checkpoint lacks."""
+    values = {name: module._parameters[name].detach() for name in sorted(module.pending)}
+    lacking = [name for name in values if not getattr(module._parameters[name], "_is_hf_initialized", False)]
+    if lacking:
+        plain = module.empty_plain()
+        ancestors = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)] + [""]
+        owner = next(m for m in map(model.get_submodule, ancestors) if hasattr(m, "_init_weights"))
+        owner._init_weights(plain)
+        values |= {name: plain.get_parameter(name).detach() for name in lacking}
+    return values
 
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):

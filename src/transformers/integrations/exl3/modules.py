@@ -52,6 +52,7 @@ class Exl3Module(nn.Module):
         plain (`nn.Module`): The module that this one stands for. It is kept, without memory, to be restored.
     """
 
+    _is_hf_initialized = True  # upstream is not to initialise weights here: there are none
     pending: set[str] = frozenset()  # names of the plain module's parameters that are still to be quantized
     stored: tuple[str, ...] = ()  # names of the parameters that hold what is quantized
 
@@ -104,15 +105,23 @@ class Exl3Module(nn.Module):
         if name not in self.stored:
             del self._parameters[name]
 
+    def empty_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The plain module with parameters of zeros, on this module's device."""
+        dtype = dtype or self.plain_dtype
+        values = {
+            name: torch.zeros(parameter.shape, dtype=dtype, device=self.device)
+            for name, parameter in self.plain.named_parameters(recurse=False)
+        }
+        return _with_parameters(self.plain, values).train(self.training)
+
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain module with the weights that this one's stand for, in `dtype` (default: as the model has it)."""
-        values = {}
-        for name, parameter in self.plain.named_parameters(recurse=False):
-            values[name] = torch.empty(parameter.shape, dtype=dtype or self.plain_dtype, device=self.device)
-            for layer, leaf, view in self.plain_views(name, values[name]):
+        plain = self.empty_plain(dtype)
+        for name, parameter in plain.named_parameters(recurse=False):
+            for layer, leaf, view in self.plain_views(name, parameter.detach()):
                 view.copy_(self.get_submodule(layer).dequantized(leaf))
-        return _with_parameters(self.plain, values).train(self.training)
+        return plain
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +135,33 @@ class Exl3Module(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+_IN_PLACE = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+
+
+class DequantizedWeight(torch.Tensor):
+    """
+    A weight that was dequantized to be read. Changing it in place would change nothing, and is an error; whatever is
+    computed from it is a plain tensor.
+    """
+
+    _is_hf_initialized = True  # some models initialise the weights of their children
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        is_in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        first = next(iter((*args, *(kwargs or {}).values())), None)
+        if is_in_place and isinstance(first, cls):
+            raise RuntimeError(
+                "The weight of an Exl3Linear is quantized and cannot be changed in place, adapters cannot be merged into it. "
+                "Make the model plain with `model.dequantize()` first."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        # What is the same memory under another name is as little to be changed.
+        return result.as_subclass(cls) if name == "__get__" and isinstance(result, torch.Tensor) else result
 
 
 class Exl3Linear(Exl3Module, nn.Linear):
@@ -156,9 +192,11 @@ class Exl3Linear(Exl3Module, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out_features, in_features]`, dequantized anew at each access: changing it changes nothing."""
+        """The weight `[out_features, in_features]`, dequantized anew at each access, to be read only."""
         pending = self._parameters.get("weight")
-        return self.dequantized("weight").to(self.plain_dtype) if pending is None else pending
+        if pending is not None:
+            return pending
+        return self.dequantized("weight").to(self.plain_dtype).as_subclass(DequantizedWeight)
 
     @property
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
