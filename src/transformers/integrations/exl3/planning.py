@@ -28,7 +28,7 @@ from .placement import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear,
 logger = logging.get_logger(__name__)
 
 # What the format's converters leave as it is beside embeddings and norms: routers, the gates and low-rank projections that
-# decide much with few weights, and MLA's `kv_b_proj`, which runtimes absorb into other projections.
+# decide much with few weights, and what models read the weights of themselves (MLA's `kv_b_proj`, Mamba's `dt_proj`).
 KEPT_PLAIN = (
     "gate",
     "router",
@@ -38,6 +38,7 @@ KEPT_PLAIN = (
     "in_proj_b",
     "in_proj_ba",
     "weights_proj",
+    "dt_proj",
 )
 
 

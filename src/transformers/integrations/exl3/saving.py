@@ -13,6 +13,7 @@
 # limitations under the License.
 """The file that EXL3 checkpoints have beside what every checkpoint has: `quantization_config.json`."""
 
+import inspect
 import json
 import math
 import os
@@ -59,18 +60,29 @@ class SaveWithTensorStorage:
     def __init__(self, model):
         self.model = model
 
-    def __call__(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
         model = self.model
-        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        config = getattr(model.config, "quantization_config", None)
-        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
-        only_adapters = getattr(model, "_hf_peft_config_loaded", False)
-        if config is None or only_adapters or not model.should_save_on_this_rank(is_main_process):
-            return result
-        names = sorted(name for name in os.listdir(save_directory) if name.endswith(".safetensors"))
-        content = config.to_dict() | {
-            "tensor_storage": tensor_storage([os.path.join(save_directory, n) for n in names])
-        }
-        with open(os.path.join(save_directory, "quantization_config.json"), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=4)
-        return result
+        save = type(model).save_pretrained
+        call = inspect.signature(save).bind(model, *args, **kwargs)
+        call.apply_defaults()
+        folder, hub_arguments = call.arguments["save_directory"], call.arguments["kwargs"]
+        push_to_hub, call.arguments["push_to_hub"] = call.arguments["push_to_hub"], False
+        before = _files(folder)
+        save(*call.args, **call.kwargs)
+        written = [path for path, written_at in _files(folder).items() if before.get(path) != written_at]
+        is_adapter = getattr(model, "_hf_peft_config_loaded", False)
+        if written and not is_adapter:
+            storage = {"tensor_storage": tensor_storage(sorted(written))}
+            with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
+                json.dump(model.config.quantization_config.to_dict() | storage, file, indent=4)
+        if push_to_hub:  # after that file is written, too
+            hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
+            model.push_to_hub(token=call.arguments["token"], **hub_arguments)
+
+
+def _files(folder: str | os.PathLike) -> dict[str, int]:
+    """The safetensors files in `folder`, with the times at which they were written."""
+    if not os.path.isdir(folder):
+        return {}
+    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors")]
+    return {path: os.stat(path).st_mtime_ns for path in paths}
