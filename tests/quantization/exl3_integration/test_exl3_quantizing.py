@@ -39,23 +39,23 @@ from .tiny_models import MODELS, tiny_inputs, tiny_model
 # Exl3Linear, Exl3SplitLinear, Exl3Experts, and nn.Linear or Conv1D that are left, of each model quantized by default.
 EXPECTED_MODULES = {
     "llama": (14, 0, 0, 1),
-    "llama_tied": (14, 0, 0, 1),
-    "llama_base": (14, 0, 0, 0),
-    "llama_classifier": (14, 0, 0, 1),
-    "qwen2": (14, 0, 0, 1),
-    "gemma3_text": (14, 0, 0, 1),
-    "gpt2": (8, 0, 0, 1),
-    "bert": (12, 0, 0, 1),
-    "bert_classifier": (13, 0, 0, 1),
-    "t5": (28, 0, 0, 5),
-    "mixtral": (32, 0, 2, 1),
-    "qwen3_moe": (32, 0, 2, 1),
-    "gpt_oss": (32, 0, 2, 1),
-    "phi3": (14, 4, 0, 1),
-    "glm4": (14, 2, 0, 1),
+    "llama_tied": (7, 0, 0, 1),
+    "llama_base": (7, 0, 0, 0),
+    "llama_classifier": (7, 0, 0, 1),
+    "qwen2": (7, 0, 0, 1),
+    "gemma3_text": (7, 0, 0, 1),
+    "gpt2": (4, 0, 0, 1),
+    "bert": (6, 0, 0, 1),
+    "bert_classifier": (7, 0, 0, 1),
+    "t5": (14, 0, 0, 3),
+    "mixtral": (16, 0, 1, 1),
+    "qwen3_moe": (16, 0, 1, 1),
+    "gpt_oss": (16, 0, 1, 1),
+    "phi3": (7, 2, 0, 1),
+    "glm4": (7, 1, 0, 1),
     "nemotron_h": (14, 0, 1, 1),
-    "qwen2_5_vl": (30, 2, 0, 1),
-    "gemma3": (28, 0, 0, 1),
+    "qwen2_5_vl": (16, 1, 0, 1),
+    "gemma3": (15, 0, 0, 1),
 }
 
 
@@ -178,11 +178,11 @@ class Exl3QuantizingTest(unittest.TestCase):
     @parameterized.expand(
         [
             ("phi3", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"),
-            ("glm4", "model.layers.1.mlp.gate_proj"),
+            ("glm4", "model.layers.0.mlp.gate_proj"),
             (
                 "mixtral",
                 "model.layers.0.block_sparse_moe.experts.3.w1",
-                "model.layers.1.block_sparse_moe.experts.0.w2",
+                "model.layers.0.block_sparse_moe.experts.0.w2",
             ),
             ("qwen3_moe", "model.layers.0.mlp.experts.3.gate_proj"),
             ("gpt_oss", "model.layers.0.mlp.experts.3.down_proj"),
@@ -291,12 +291,12 @@ class Exl3QuantizingTest(unittest.TestCase):
 
     def test_biases_that_float16_cannot_hold_are_an_error(self):
         folder, model, auto_class = self.source("qwen2")
-        model.model.layers[1].self_attn.v_proj.bias.data[3] = 1e6
+        model.model.layers[0].self_attn.v_proj.bias.data[3] = 1e6
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other)
             with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
-        self.assertIn("model.layers.1.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
+        self.assertIn("model.layers.0.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
 
     @parameterized.expand([("nan", float("nan")), ("inf", float("inf"))])
     def test_weights_that_are_not_finite_are_an_error_that_names_them(self, _, value):

@@ -41,7 +41,7 @@ from transformers import (
 VOCAB = 100
 TEXT = {
     "hidden_size": 128,
-    "intermediate_size": 192,
+    "intermediate_size": 100,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -50,24 +50,25 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ENCODER = {key: TEXT[key] for key in TEXT if key != "num_key_value_heads"}
+ONE_LAYER = {**TEXT, "num_hidden_layers": 1}
+ENCODER = {key: ONE_LAYER[key] for key in TEXT if key != "num_key_value_heads"}
 IMAGE_TOKEN = 95
 VISION = {
     "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
+    "intermediate_size": 100,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "image_size": 16,
     "patch_size": 4,
 }
 QWEN_VISION = {
-    "depth": 2,
+    "depth": 1,
     "hidden_size": 128,
-    "intermediate_size": 192,
+    "intermediate_size": 100,
     "num_heads": 4,
     "out_hidden_size": 128,
     "patch_size": 4,
-    "fullatt_block_indexes": [1],
+    "fullatt_block_indexes": [0],
     "window_size": 16,
 }
 QWEN_ROPE = {"type": "mrope", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
@@ -75,33 +76,33 @@ QWEN_ROPE = {"type": "mrope", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 
 def _configs():
     yield "llama", AutoModelForCausalLM, LlamaConfig(**TEXT)
-    yield "llama_tied", AutoModelForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=True)
-    yield "llama_base", AutoModel, LlamaConfig(**TEXT)
-    yield "llama_classifier", AutoModelForSequenceClassification, LlamaConfig(**TEXT)
-    yield "qwen2", AutoModelForCausalLM, Qwen2Config(**TEXT)
-    yield "gemma3_text", AutoModelForCausalLM, Gemma3TextConfig(**TEXT, head_dim=32)
-    gpt2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+    yield "llama_tied", AutoModelForCausalLM, LlamaConfig(**ONE_LAYER, tie_word_embeddings=True)
+    yield "llama_base", AutoModel, LlamaConfig(**ONE_LAYER)
+    yield "llama_classifier", AutoModelForSequenceClassification, LlamaConfig(**ONE_LAYER)
+    yield "qwen2", AutoModelForCausalLM, Qwen2Config(**ONE_LAYER)
+    yield "gemma3_text", AutoModelForCausalLM, Gemma3TextConfig(**ONE_LAYER, head_dim=32)
+    gpt2 = {"n_embd": 128, "n_layer": 1, "n_head": 4, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
     yield "gpt2", AutoModelForCausalLM, GPT2Config(**gpt2)
     yield "bert", AutoModel, BertConfig(**ENCODER)
     yield "bert_classifier", AutoModelForSequenceClassification, BertConfig(**ENCODER)
-    t5 = {"d_model": 128, "d_ff": 192, "d_kv": 32, "num_heads": 4, "num_layers": 2, "vocab_size": VOCAB}
+    t5 = {"d_model": 128, "d_ff": 100, "d_kv": 32, "num_heads": 4, "num_layers": 1, "vocab_size": VOCAB}
     yield "t5", AutoModelForSeq2SeqLM, T5Config(**t5, decoder_start_token_id=0)
-    yield "mixtral", AutoModelForCausalLM, MixtralConfig(**TEXT, num_local_experts=4)
+    yield "mixtral", AutoModelForCausalLM, MixtralConfig(**ONE_LAYER, num_local_experts=4)
     qwen3 = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    yield "qwen3_moe", AutoModelForCausalLM, Qwen3MoeConfig(**TEXT, **qwen3)
+    yield "qwen3_moe", AutoModelForCausalLM, Qwen3MoeConfig(**ONE_LAYER, **qwen3)
     gpt_oss = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
-    yield "gpt_oss", AutoModelForCausalLM, GptOssConfig(**TEXT, **gpt_oss)
-    yield "phi3", AutoModelForCausalLM, Phi3Config(**TEXT)
-    yield "glm4", AutoModelForCausalLM, Glm4Config(**TEXT, head_dim=32)
+    yield "gpt_oss", AutoModelForCausalLM, GptOssConfig(**ONE_LAYER, **gpt_oss)
+    yield "phi3", AutoModelForCausalLM, Phi3Config(**ONE_LAYER)
+    yield "glm4", AutoModelForCausalLM, Glm4Config(**ONE_LAYER, head_dim=32)
     nemotron = {"layers_block_type": ["attention", "moe"], "n_routed_experts": 4, "num_experts_per_tok": 2}
     nemotron |= {"moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64, "head_dim": 32, "n_group": 1}
     yield "nemotron_h", AutoModelForCausalLM, NemotronHConfig(**{**TEXT, **nemotron, "topk_group": 1})
     tokens = {"image_token_id": IMAGE_TOKEN, "vision_start_token_id": 96, "vision_end_token_id": 97}
-    text = {**TEXT, "rope_parameters": QWEN_ROPE}
+    text = {**ONE_LAYER, "rope_parameters": QWEN_ROPE}
     qwen_vl = Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION, **tokens)
     yield "qwen2_5_vl", AutoModelForImageTextToText, qwen_vl
     tokens = {"image_token_index": IMAGE_TOKEN, "boi_token_index": 96, "eoi_token_index": 97}
-    text = {**TEXT, "head_dim": 32}
+    text = {**ONE_LAYER, "head_dim": 32}
     gemma3 = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, **tokens)
     yield "gemma3", AutoModelForImageTextToText, gemma3
 
