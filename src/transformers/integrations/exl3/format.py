@@ -128,7 +128,7 @@ def unpack_states(trellis: torch.Tensor) -> torch.Tensor:
     starts = (ends - STATE_BITS) % (words.shape[-1] * 16)
     first = starts >> 4
     pair = (words[..., first] << 16) | words[..., (first + 1) % words.shape[-1]]
-    return (pair >> (16 - (starts & 15))) & 0xFFFF
+    return (pair >> (16 - (starts & 15)).to(torch.int32)) & 0xFFFF
 
 
 def pack_states(states: torch.Tensor, bits: float) -> torch.Tensor:

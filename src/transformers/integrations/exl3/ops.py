@@ -106,7 +106,7 @@ def linear(
     y = (hadamard(y) * svh.float())[:, :out_features]
     if bias is not None:
         y = y + bias[:out_features].float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features).contiguous()
 
 
 @linear.register_fake
@@ -131,7 +131,7 @@ def linear_input_grad(
     for strip in _strips(trellis):
         x += rotated[:, _to_columns(strip)] @ _decode(trellis[:, strip], codebook, rotated.dtype).T
     x = (hadamard(x) * suh.float())[:, :in_features]
-    return x.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+    return x.to(grad.dtype).reshape(*grad.shape[:-1], in_features).contiguous()
 
 
 @linear_input_grad.register_fake
