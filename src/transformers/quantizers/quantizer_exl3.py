@@ -109,6 +109,12 @@ class Exl3HfQuantizer(HfQuantizer):
                 f"The config of this checkpoint says `exl3`, and {', '.join(checkpoint_files)} has no quantized tensor "
                 "(`*.trellis`). Remove `quantization_config` from config.json to load it as it is, or convert it again."
             )
+        codebook = self.quantization_config.codebook
+        if codebook in ("mcg", "mul1") and not any(codebook in tensors for tensors in checkpoint.linears.values()):
+            logger.warning(
+                f"The config of this checkpoint names the codebook `{codebook}`, and none of its layers has the marker of "
+                "that name. They are decoded with the codebook that their tensors tell, `3inst` where they tell none."
+            )
         self.placement = Placement(checkpoint, model)
         untie(model, self.placement.modules)
         return self.placement.modules

@@ -3,7 +3,6 @@ class QuantizationMethod:
     EXL3 = "exl3"
 
 
-@dataclass
 class Exl3Config(QuantizationConfigMixin):
     """
     How a model is quantized to EXL3, the trellis-coded format of exllamav3, or was quantized by a converter.
@@ -64,13 +63,14 @@ class Exl3Config(QuantizationConfigMixin):
             raise ValueError(f"`head_bits` of Exl3Config has to be one of {rates}, 16 or None, got {self.head_bits}")
         if self.codebook not in (None, "3inst", "mcg", "mul1"):
             raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
-        if self.head_bits in (1.5, 2.5, 3.5) and self.codebook in ("3inst", "mcg"):
-            raise ValueError(f"`head_bits` of {self.head_bits} needs the mul1 codebook, got {self.codebook!r}")
         names = self.modules_to_not_convert
-        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+        if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
             raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")
         if not isinstance(self.dequantize, bool):
             raise TypeError(f"`dequantize` of Exl3Config has to be True or False, got {self.dequantize!r}")
+
+    def __eq__(self, other) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):

@@ -181,12 +181,14 @@ class Exl3ConfigTest(unittest.TestCase):
         with self.assertRaisesRegex(error, f"`{field}`"):
             AutoQuantizationConfig.from_dict({"quant_method": "exl3", field: value})
 
-    @parameterized.expand([(bits, codebook) for bits in (1.5, 2.5, 3.5) for codebook in ("mcg", "3inst")])
-    def test_half_a_bit_is_for_one_codebook_only(self, bits, codebook):
-        with self.assertRaisesRegex(ValueError, f"`head_bits` of {bits} needs the mul1 codebook, got '{codebook}'"):
-            Exl3Config(head_bits=bits, codebook=codebook)
-        Exl3Config(head_bits=bits)
-        Exl3Config(bits=bits, codebook=codebook)  # an average
+    def test_what_is_only_told_by_a_converter_is_taken_as_it_is(self):
+        block = {"quant_method": "exl3", "bits": 2.5, "head_bits": 2.5, "codebook": "mcg"}
+        self.assertEqual(Exl3Config.from_dict(block).to_dict(), block)
+
+    def test_configs_are_equal_where_all_fields_are(self):
+        self.assertEqual(Exl3Config(bits=3, version="1.6.5"), Exl3Config(bits=3, version="1.6.5"))
+        self.assertNotEqual(Exl3Config(bits=3), Exl3Config(bits=4))
+        self.assertIn('"bits": 3', repr(Exl3Config(bits=3)))
 
     @parameterized.expand([*BITS, 16])
     def test_rates_of_the_head(self, bits):

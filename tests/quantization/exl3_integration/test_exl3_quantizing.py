@@ -21,6 +21,7 @@ import json
 import os
 import tempfile
 import unittest
+from unittest import mock
 
 import torch
 from parameterized import parameterized
@@ -236,6 +237,24 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual((quantized.lm_head.bits, quantized.model.layers[0].mlp.up_proj.bits), (6, 2))
         quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=16))
         self.assertIs(type(quantized.lm_head), nn.Linear)
+
+    @parameterized.expand([(1.5, "mcg"), (2.5, "3inst")])
+    def test_half_a_bit_for_the_head_needs_its_codebook(self, bits, codebook):
+        with self.assertRaisesRegex(ValueError, f"`head_bits` of {bits} needs the codebook `mul1`"):
+            self.quantize("llama", Exl3Config(bits=2, head_bits=bits, codebook=codebook))
+
+    def test_a_push_to_the_hub_comes_after_the_last_file(self):
+        quantized, _ = self.quantize("bert", Exl3Config(bits=1))
+        with tempfile.TemporaryDirectory() as folder:
+
+            def push(repo_id, **kwargs):
+                self.assertTrue(os.path.isfile(os.path.join(folder, "quantization_config.json")))
+                pushed.append((repo_id, kwargs))
+
+            pushed = []
+            with mock.patch.object(quantized, "push_to_hub", push):
+                quantized.save_pretrained(folder, push_to_hub=True, repo_id="me/model", private=True)
+        self.assertEqual(pushed, [("me/model", {"token": None, "private": True})])
 
     def test_names_and_patterns_of_modules_that_stay(self):
         skip = ["down_proj", r"model.layers.0.self_attn", r"layers.*.mlp.up_proj"]

@@ -39,8 +39,7 @@ from . import format, ops
 def _with_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
     """A copy of `module` that shares all but its own parameters, which are `values`."""
     module = copy.copy(module)
-    frozen = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
-    module._parameters = {**module._parameters, **frozen}
+    module._parameters = {**module._parameters, **{name: nn.Parameter(value) for name, value in values.items()}}
     return module
 
 

@@ -366,16 +366,22 @@ class Placement:
                     format.padded(size) for size in tensor.shape[:2]
                 ] and all(size in (wanted, format.padded(wanted)) for size, wanted in zip(tensor.shape, shape)):
                     self.padded[name] = tuple(shape)
-        tied = self.model.all_tied_weights_keys
         head = self.model.get_output_embeddings()
         base = getattr(self.model, prefix, self.model) if prefix else self.model
         required = {id(module) for module in base.modules()} | {id(head)}
+        lacking = self.model._keys_to_ignore_on_load_missing or []
         for path, module in self._paths.items():
-            weight = f"{path}.weight"
-            if not (is_linear(module) or isinstance(module, nn.Embedding)) or id(module) not in required:
+            if id(module) not in required or path in self.modules:
                 continue
-            if path not in self.modules and weight not in present and not self._is_tied(weight, tied, present):
-                self._problems.append(f"{path} has neither a `weight` nor a `trellis` in the checkpoint")
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{leaf}" if path else leaf
+                # Upstream initialises what is missing: ones for a norm are harmless, random matrices are not.
+                if parameter.dim() < 2 or name in present or any(re.search(pattern, name) for pattern in lacking):
+                    continue
+                if not self._is_tied(name, self.model.all_tied_weights_keys, present):
+                    is_weight = is_linear(module) or isinstance(module, nn.Embedding)
+                    lacks = f"{path} has neither a `weight` nor a `trellis`" if is_weight else f"{name} is not"
+                    self._problems.append(f"{lacks} in the checkpoint")
 
     @staticmethod
     def _is_tied(weight: str, tied: dict[str, str], present: set[str]) -> bool:

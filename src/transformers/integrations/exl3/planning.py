@@ -90,6 +90,10 @@ class Plan:
                 raise ValueError(
                     f"`head_bits` is set and {type(model).__name__} has no linear output embeddings. Unset it."
                 )
+            if config.head_bits != int(config.head_bits) and self.codebook != "mul1":
+                raise ValueError(
+                    f"`head_bits` of {config.head_bits} needs the codebook `mul1`, not `{self.codebook}`."
+                )
             self.bits[head] = config.head_bits
             self._untie_head(head)
         if not self.bits:
