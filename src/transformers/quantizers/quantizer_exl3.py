@@ -94,8 +94,9 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.plan.modules
 
     def _place(self, model, checkpoint_files):
+        from ..integrations.exl3.architecture import check_architecture, untie
         from ..integrations.exl3.checkpoint import read_checkpoint
-        from ..integrations.exl3.placement import Placement, check_architecture, untie
+        from ..integrations.exl3.placement import Placement
 
         check_architecture(model.config)
         unreadable = [file for file in checkpoint_files or ["none"] if not file.endswith(".safetensors")]

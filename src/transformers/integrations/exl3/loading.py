@@ -34,8 +34,8 @@ from ...core_model_loading import (
     log_conversion_errors,
 )
 from . import encoder, format, ops
+from .architecture import EXPERT_PARAMETERS
 from .modules import Exl3Linear, Exl3Module
-from .placement import EXPERT_PARAMETERS
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.

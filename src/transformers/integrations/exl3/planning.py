@@ -20,9 +20,9 @@ from ...core_model_loading import WeightConverter
 from ...quantizers.quantizers_utils import should_convert_module
 from ...utils import logging
 from .allocation import allocate_bits
+from .architecture import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear, linear_sizes, part_sizes, untie
 from .checkpoint import linear_tensors
 from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
-from .placement import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear, linear_sizes, part_sizes, untie
 
 
 logger = logging.get_logger(__name__)
