@@ -38,7 +38,7 @@ namespace {
 constexpr int ABI_VERSION = 1;  // `cpu.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int TILE = 16, TILE_SIZE = TILE * TILE, NUM_STATES = 1 << 16;  // as in format.py
-constexpr int WINDOW = 64;         // `encoder.BOUNDARY_WINDOW`
+constexpr int WINDOW = 80;         // `encoder.BOUNDARY_WINDOW`
 constexpr int MAX_LANES = 16;      // floats in the longest vector
 constexpr int KEPT_BITS = 8;       // a row of costs is kept for every so many bits of a tile's stream
 constexpr int MAX_CONE_BITS = 8;   // so many of which are open on the way back between two kept rows

@@ -1,0 +1,101 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Speed, error and memory of quantizing to EXL3 on this machine's CPU.
+
+    python tests/quantization/exl3_integration/benches/bench_encoder.py [--tiles 512] [--codebook mul1] [--memory 4096]
+
+Speeds are medians of three. The gap is that of the mean squared error on N(0, 1) to the least possible, `2 ** (-2 * K)`.
+"""
+
+import argparse
+import math
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from transformers.integrations.exl3 import encoder, format
+from transformers.integrations.exl3.kernels import cpu
+
+
+def search_table(count, codebook):
+    values = format.codebook_values(codebook).float()
+    threads = sorted({1, torch.get_num_threads()})
+    header = "".join(f" | k weights/s, {number} threads" for number in threads)
+    print(f"instruction set: {cpu.isa()}, codebook: {codebook}\n\n| K{header} | gap to the bound (dB) |")
+    print("|---" * (len(threads) + 2) + "|")
+    for bits in format.BITS:
+        scale = encoder.INPUT_RMS[codebook][bits]
+        tiles = torch.randn(count, format.TILE_SIZE, generator=torch.Generator().manual_seed(0)) * scale
+        speeds = []
+        for number in threads:
+            torch.set_num_threads(number)
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                states = cpu.search(tiles, bits, codebook)
+                times.append(time.perf_counter() - start)
+            speeds.append(f" | {tiles.numel() / sorted(times)[1] / 1e3:.0f}")
+        error = (values[states] - tiles).double().square().mean().item() / scale**2
+        print(f"| {bits:g}{''.join(speeds)} | {10 * math.log10(error * 4**bits):.2f} |", flush=True)
+
+
+def decode_table(codebook):
+    print("\n| K | decoded M weights/s |\n|---|---|")
+    for bits in (2, 3, 4, 8):
+        trellis = torch.randint(-(2**15), 2**15, (256, 256, 16 * bits)).to(torch.int16)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            cpu.decode(trellis, codebook)
+            times.append(time.perf_counter() - start)
+        print(f"| {bits} | {trellis.shape[0] * trellis.shape[1] * format.TILE_SIZE / sorted(times)[2] / 1e6:.0f} |")
+
+
+def peak():
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_memory(features, codebook):
+    """In a process of its own, after all that is loaded and allocated once."""
+    encoder.quantize_weight(torch.randn(128, 128), 4, codebook, search=cpu.search)
+    weight = torch.empty(features, features, dtype=torch.bfloat16).normal_()
+    before = peak()
+    # A stand-in, since memory does not depend on it: the real search of so many weights takes a minute.
+    tensors = encoder.quantize_weight(weight, 4, codebook, search=lambda tiles, *_: tiles.int() & 0xFFFF)
+    quantized = sum(tensor.nbytes for tensor in tensors)
+    print(
+        f"\nquantizing a bfloat16 weight of {weight.nbytes / 2**20:.0f} MiB took {(peak() - before) / 2**20:.0f} MiB: the "
+        f"quantized one's {quantized / 2**20:.0f} MiB + {(peak() - before - quantized) / weight.nbytes:.2f} * the weight"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", type=int, default=512)
+    parser.add_argument("--codebook", default="mul1", choices=format.CODEBOOKS)
+    parser.add_argument("--memory", type=int, default=4096, help="features of the weight whose memory is measured")
+    parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_only:
+        measure_memory(arguments.memory, arguments.codebook)
+    else:
+        search_table(arguments.tiles, arguments.codebook)
+        decode_table(arguments.codebook)
+        sys.stdout.flush()
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory-only"], check=True)

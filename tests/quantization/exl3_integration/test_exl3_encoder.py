@@ -1,0 +1,382 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import os
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+from parameterized import parameterized
+
+from transformers.testing_utils import CaptureLogger, require_torch, slow
+from transformers.utils import is_torch_available, logging
+
+
+if is_torch_available():
+    import torch
+
+    from transformers.integrations.exl3 import encoder, format
+    from transformers.integrations.exl3.hadamard import hadamard
+    from transformers.integrations.exl3.kernels import cpu
+
+
+CODEBOOKS = ("3inst", "mcg", "mul1")
+BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+RATES_AND_CODEBOOKS = [(bits, codebook) for bits in BITS for codebook in CODEBOOKS]
+
+# Mean squared errors of an exact search for N(0, 1), each at the best of five scales, on 16 384 samples (about 1 %).
+EXACT_ERRORS = {
+    "3inst": {1: 0.2654, 2: 0.0686, 3: 0.01755, 4: 0.004576, 5: 1.183e-3, 6: 3.062e-4, 7: 8.43e-5, 8: 2.20e-5},
+    "mcg": {1: 0.2644, 2: 0.0682, 3: 0.01726, 4: 0.004566, 5: 1.167e-3, 6: 3.027e-4, 7: 8.42e-5, 8: 2.20e-5},
+    "mul1": {1: 0.2701, 2: 0.0682, 3: 0.01718, 4: 0.004434, 5: 1.142e-3, 6: 2.920e-4, 7: 7.62e-5, 8: 2.08e-5},
+}
+
+
+def setUpModule():
+    # Many small operations: on a busy machine threads would wait for each other.
+    global threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def tearDownModule():
+    torch.set_num_threads(threads)
+
+
+def require_compiled(test):
+    return unittest.skipUnless(cpu.LIBRARY.is_file(), f"the compiled kernels are not built: no {cpu.LIBRARY}")(test)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def codable_tiles(count, bits, codebook):
+    return normal(count, format.TILE_SIZE) * encoder.INPUT_RMS[codebook][bits]
+
+
+def dequantize(trellis, suh, svh, codebook, shape):
+    """The weight `[out, in]` in float64, in the original shape."""
+    inner = hadamard(hadamard(format.decode(trellis, codebook).double()).T)
+    return (inner * suh.double() * svh.double()[:, None])[: shape[0], : shape[1]]
+
+
+def relative_error(quantized, weight, codebook="mul1"):
+    weight = weight.double()
+    return float((dequantize(*quantized, codebook, weight.shape) - weight).square().sum() / weight.square().sum())
+
+
+def quantize(weight, bits=3, codebook="mul1", **options):
+    search = cpu.search if cpu.LIBRARY.is_file() else encoder.search_reference
+    return encoder.quantize_weight(weight, bits, codebook, search=search, **options)
+
+
+@require_torch
+class Exl3SearchReferenceTest(unittest.TestCase):
+    @parameterized.expand(BITS)
+    def test_states_are_a_ring(self, bits):
+        states = encoder.search_reference(codable_tiles(1, bits, "mul1"), bits, "mul1")
+        self.assertTrue(torch.equal(format.unpack_states(format.pack_states(states, bits)), states))
+
+    def test_decoded_tile_is_found_again(self):
+        trellis = torch.randint(-(2**15), 2**15, (1, 64), generator=torch.Generator().manual_seed(1)).to(torch.int16)
+        states = format.unpack_states(trellis)
+        tiles = format.codebook_values("mcg")[states].float()
+        self.assertTrue(torch.equal(encoder.search_reference(tiles, 4, "mcg"), states))
+
+    def test_equal_costs_take_the_smallest_state(self):
+        # A weight that is infinitely far from everything leaves nothing to choose by.
+        states = encoder.search_reference(torch.full((1, format.TILE_SIZE), 3e38), 2, "mul1")
+        self.assertEqual(states.unique().tolist(), [0])
+
+    def test_unknown_rate_and_codebook(self):
+        with self.assertRaisesRegex(ValueError, "no rate of 9 bits"):
+            encoder.search_reference(normal(1, format.TILE_SIZE), 9, "mul1")
+        with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'no'"):
+            encoder.search_reference(normal(1, format.TILE_SIZE), 2, "no")
+
+
+@require_torch
+@require_compiled
+class Exl3CompiledKernelsTest(unittest.TestCase):
+    @parameterized.expand(RATES_AND_CODEBOOKS)
+    def test_search_is_the_reference(self, bits, codebook):
+        tiles = codable_tiles(2, bits, codebook)
+        tiles[1, ::37] *= 5  # far outside the codebook
+        expected = encoder.search_reference(tiles, bits, codebook)
+        self.assertTrue(torch.equal(cpu.search(tiles, bits, codebook), expected))
+
+    @parameterized.expand(RATES_AND_CODEBOOKS)
+    def test_search_error_is_that_of_an_exact_search(self, bits, codebook):
+        if bits not in EXACT_ERRORS[codebook]:
+            self.skipTest("no figure is published for this rate")
+        tiles = codable_tiles(64, bits, codebook)
+        values = format.codebook_values(codebook).float()
+        error = (values[cpu.search(tiles, bits, codebook)] - tiles).square().mean()
+        decibel = 10 * torch.log10(error / encoder.INPUT_RMS[codebook][bits] ** 2 / EXACT_ERRORS[codebook][bits])
+        # 0.05 dB, and what 16 384 samples leave open: at high rates the few beyond the codebook's end weigh most.
+        self.assertLess(decibel.item(), 0.15 if bits < 6 else 0.4)
+
+    @parameterized.expand(["avx512", "avx2", "base"])
+    def test_every_instruction_set_gives_the_same_states(self, isa):
+        code = """
+import sys, torch
+from transformers.integrations.exl3.kernels import cpu
+try:
+    assert cpu.isa() == sys.argv[1]
+except ValueError as error:
+    sys.exit(f"lacking: {error}")
+cases = torch.load(sys.argv[2])
+assert all(torch.equal(cpu.search(tiles, bits, codebook), states) for tiles, bits, codebook, states in cases)
+"""
+        cases = []
+        for bits, codebook in zip(BITS, CODEBOOKS * 4):
+            tiles = codable_tiles(3, bits, codebook)
+            cases.append((tiles, bits, codebook, cpu.search(tiles, bits, codebook)))
+        with TemporaryDirectory() as folder:
+            torch.save(cases, Path(folder, "cases.pt"))
+            run = subprocess.run(
+                [sys.executable, "-c", code, isa, str(Path(folder, "cases.pt"))],
+                env={**os.environ, "EXL3_CPU_ISA": isa},
+                capture_output=True,
+                text=True,
+            )
+        if "lacking: EXL3_CPU_ISA" in run.stderr:
+            self.skipTest(f"this machine has no {isa}")
+        self.assertEqual(run.returncode, 0, run.stderr)
+
+    @parameterized.expand(RATES_AND_CODEBOOKS)
+    def test_decode_is_the_reference(self, bits, codebook):
+        generator = torch.Generator().manual_seed(int(2 * bits))
+        trellis = torch.randint(-(2**15), 2**15, (8, 16, int(16 * bits)), generator=generator).to(torch.int16)
+        expected = format.decode(trellis, codebook)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            self.assertTrue(torch.equal(cpu.decode(trellis, codebook, dtype), expected.to(dtype)))
+
+    @parameterized.expand([(slice(2, 5), slice(3, 9)), (slice(0, 8, 2), slice(0, 16)), (slice(0, 8), slice(0, 16, 3))])
+    def test_decode_takes_slices(self, rows, columns):
+        trellis = torch.randint(-(2**15), 2**15, (8, 16, 48)).to(torch.int16)[rows, columns]
+        self.assertTrue(torch.equal(cpu.decode(trellis, "mcg"), format.decode(trellis, "mcg").float()))
+
+    def test_nothing_to_do(self):
+        self.assertEqual(cpu.search(torch.empty(0, 256), 3, "mul1").shape, (0, 256))
+        self.assertEqual(cpu.decode(torch.empty(0, 8, 48, dtype=torch.int16), "mul1").shape, (0, 128))
+
+    @parameterized.expand([(5,), (0,)])
+    def test_search_takes_any_layout(self, count):
+        tiles = normal(256, 2 * count)[:, ::2].T
+        self.assertTrue(torch.equal(cpu.search(tiles, 4, "mul1"), cpu.search(tiles.contiguous(), 4, "mul1")))
+
+    def test_search_refuses_what_it_cannot_read(self):
+        for tiles in (normal(2, 256).double(), normal(2, 128), normal(256), torch.empty(2, 256, device="meta")):
+            with self.assertRaisesRegex(ValueError, "tiles must be float32"):
+                cpu.search(tiles, 4, "mul1")
+        with self.assertRaisesRegex(ValueError, "finite"):
+            cpu.search(torch.full((1, 256), float("nan")), 4, "mul1")
+        with self.assertRaisesRegex(ValueError, "no rate"):
+            cpu.search(normal(1, 256), 4.5, "mul1")
+        with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook"):
+            cpu.search(normal(1, 256), 4, "mul2")
+
+    def test_decode_refuses_what_it_cannot_read(self):
+        for trellis in (
+            torch.zeros(8, 8, 64),
+            torch.zeros(8, 64).short(),
+            torch.zeros(8, 8, 64, device="meta").short(),
+        ):
+            with self.assertRaisesRegex(ValueError, "a trellis is int16"):
+                cpu.decode(trellis, "mul1")
+        with self.assertRaisesRegex(ValueError, "no rate"):
+            cpu.decode(torch.zeros(8, 8, 50).short(), "mul1")
+        with self.assertRaisesRegex(ValueError, "not torch.float64"):
+            cpu.decode(torch.zeros(8, 8, 64).short(), "mul1", torch.float64)
+
+    def test_stale_library_is_named(self):
+        cpu._library.cache_clear()
+        self.addCleanup(cpu._library.cache_clear)
+        with patch.object(cpu, "ABI_VERSION", -1), self.assertRaisesRegex(ImportError, "install it again"):
+            cpu.is_available()
+
+    @slow
+    @parameterized.expand(RATES_AND_CODEBOOKS)
+    def test_search_error_on_many_weights(self, bits, codebook):
+        tiles = codable_tiles(2048, bits, codebook)
+        values = format.codebook_values(codebook).float()
+        error = (values[cpu.search(tiles, bits, codebook)] - tiles).square().mean()
+        gap = 10 * torch.log10(error / encoder.INPUT_RMS[codebook][bits] ** 2 * 4**bits)
+        if bits in EXACT_ERRORS[codebook]:
+            exact = 10 * torch.log10(torch.tensor(EXACT_ERRORS[codebook][bits] * 4**bits))
+            self.assertLess((gap - exact).item(), 0.1 if bits < 6 else 0.2)
+        else:
+            self.assertLess(gap.item(), 0.6)
+
+
+@require_torch
+class Exl3MissingKernelsTest(unittest.TestCase):
+    def test_missing_library_is_told_once(self):
+        cpu._library.cache_clear()
+        self.addCleanup(cpu._library.cache_clear)
+        logger = logging.get_logger(cpu.__name__)
+        with patch.object(cpu, "LIBRARY", Path("nowhere", "_cpu.so")), CaptureLogger(logger) as captured:
+            self.assertFalse(cpu.is_available())
+            self.assertFalse(cpu.is_available())
+            with self.assertRaisesRegex(RuntimeError, "not there"):
+                cpu.search(normal(1, 256), 4, "mul1")
+        self.assertEqual(captured.out.count("compiled CPU kernels of EXL3 are missing"), 1)
+        self.assertIn("C++ compiler", captured.out)
+
+
+@require_torch
+class Exl3QuantizeWeightTest(unittest.TestCase):
+    def test_shapes_and_dtypes(self):
+        trellis, suh, svh = quantize(normal(130, 200), 2.5)
+        self.assertEqual((trellis.dtype, *trellis.shape), (torch.int16, 16, 16, 40))
+        self.assertEqual((suh.dtype, *suh.shape, svh.dtype, *svh.shape), (torch.float16, 256, torch.float16, 256))
+        self.assertEqual((suh[200:].count_nonzero(), svh[130:].count_nonzero()), (0, 0))
+
+    @parameterized.expand([(2, 0.07), (3, 0.018), (4, 0.0046)])
+    @require_compiled
+    def test_error_is_near_that_of_the_search(self, bits, bound):
+        weight = normal(512, 512) * normal(512, seed=1).abs().add(0.2) * 0.02
+        self.assertLess(relative_error(quantize(weight, bits), weight), bound)
+
+    @require_compiled
+    def test_blocks_of_unequal_magnitude_are_evened_out(self):
+        weight = normal(256, 256)
+        weight[:128] *= 100
+        weight[:, :128] *= 0.01
+        quantized = quantize(weight, 4)
+        for rows in (slice(0, 128), slice(128, 256)):
+            for columns in (slice(0, 128), slice(128, 256)):
+                difference = dequantize(*quantized, "mul1", weight.shape)[rows, columns] - weight[rows, columns]
+                error = difference.square().mean() / weight[rows, columns].square().mean()
+                self.assertLess(error.item(), 0.005)
+
+    @parameterized.expand(["float64", "float32", "float16", "bfloat16"])
+    def test_every_dtype(self, dtype):
+        weight = normal(20, 30).to(getattr(torch, dtype))
+        self.assertLess(relative_error(quantize(weight), weight), 0.03)
+
+    @parameterized.expand([(1, 1), (1, 300), (129, 1), (127, 257)])
+    def test_every_size(self, out, into):
+        weight = normal(out, into)
+        self.assertLess(relative_error(quantize(weight), weight), 0.03)
+
+    def test_threads_do_not_change_the_bytes(self):
+        weight = normal(200, 300)
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(quantize(weight, 3))
+        for other in results[1:]:
+            self.assertTrue(all(torch.equal(*pair) for pair in zip(results[0], other)))
+
+    def test_strips_do_not_change_the_bytes(self):
+        weight = normal(300, 100)
+        expected = quantize(weight)
+        done = []
+        with patch.object(encoder, "STRIP_ELEMENTS", 1):
+            result = quantize(weight, progress=done.append)
+        self.assertTrue(all(torch.equal(*pair) for pair in zip(result, expected)))
+        self.assertEqual(done, [12800, 12800, 4400])
+
+    def test_layout_of_the_weight_does_not_matter(self):
+        weight = normal(100, 300)
+        expected = quantize(weight)
+        result = quantize(weight.T.contiguous().T.requires_grad_())
+        self.assertTrue(all(torch.equal(*pair) for pair in zip(result, expected)))
+        self.assertFalse(any(tensor.requires_grad for tensor in result))
+
+    def test_zeros(self):
+        trellis, suh, svh = quantize(torch.zeros(100, 200))
+        self.assertEqual((suh.count_nonzero(), svh.count_nonzero()), (0, 0))
+        self.assertTrue(torch.equal(format.pack_states(format.unpack_states(trellis), 3), trellis))
+
+    def test_channels_of_zeros_stay_zero(self):
+        weight = normal(140, 150)
+        weight[5], weight[:, 9] = 0, 0
+        _, suh, svh = quantized = quantize(weight)
+        self.assertEqual((svh[5], suh[9]), (0, 0))
+        self.assertEqual((svh[:140].count_nonzero(), suh[:150].count_nonzero()), (139, 149))
+        self.assertLess(relative_error(quantized, weight), 0.03)
+
+    def test_constant_matrix(self):
+        weight = torch.ones(128, 256)
+        self.assertLess(relative_error(quantize(weight), weight), 0.1)
+
+    @parameterized.expand([(1e-7,), (1e-3,), (1e4,), (1e8,)])
+    def test_scales_share_the_magnitude(self, magnitude):
+        weight = normal(128, 128) * magnitude
+        _, suh, svh = quantized = quantize(weight)
+        self.assertLess(relative_error(quantized, weight), 0.02)
+        for scale in (suh, svh):
+            self.assertTrue(torch.isfinite(scale).all())
+            self.assertGreaterEqual(scale.abs().min().item(), torch.finfo(torch.float16).smallest_normal)
+
+    @parameterized.expand([("float32", 1e-30), ("float32", 1e-44), ("float64", 1e-310)])
+    def test_too_small_for_fp16_becomes_zero(self, dtype, magnitude):
+        weight = normal(16, 16).to(getattr(torch, dtype)) * magnitude
+        _, suh, svh = quantize(weight)
+        self.assertEqual((suh.count_nonzero(), svh.count_nonzero()), (0, 0))
+
+    @parameterized.expand([("float32", 1e30), ("float64", 1e300)])
+    def test_too_large_for_fp16(self, dtype, magnitude):
+        with self.assertRaisesRegex(ValueError, "too large for fp16"):
+            quantize(normal(16, 16).to(getattr(torch, dtype)) * magnitude)
+
+    def test_values_that_are_not_finite_are_located(self):
+        weight = normal(300, 70)
+        weight[129, 3], weight[130, 0], weight[299, 69] = float("inf"), float("nan"), float("-inf")
+        with self.assertRaisesRegex(ValueError, r"3 of 21000 values are not finite, the first of them at \[129, 3\]"):
+            quantize(weight)
+
+    def test_what_is_no_matrix(self):
+        for weight in (torch.empty(0, 5), torch.empty(5, 0), normal(5), normal(2, 3, 4), torch.ones(5, 5).int()):
+            with self.assertRaisesRegex(ValueError, "matrices of floating point numbers"):
+                quantize(weight)
+
+    def test_unknown_rate_and_codebook(self):
+        with self.assertRaisesRegex(ValueError, "no rate of 0.5 bits"):
+            quantize(normal(5, 5), 0.5)
+        with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'no'"):
+            quantize(normal(5, 5), 2, "no")
+
+
+@require_torch
+class Exl3SignsTest(unittest.TestCase):
+    def test_signs_never_change(self):
+        # Golden: other signs would give other files for the same model.
+        signs = [encoder.random_signs(32, seed, side) for seed in (0, encoder.seed_of("lm_head")) for side in (0, 1)]
+        self.assertEqual(
+            [sum(1 << i for i in range(32) if row[i] < 0) for row in signs],
+            [0x08E90AD6, 0x9B131735, 0x9F8CE05A, 0xC264A6B0],
+        )
+
+    def test_signs_are_balanced_and_differ(self):
+        rows = torch.stack([encoder.random_signs(4096, seed, side) for seed in range(8) for side in (0, 1)])
+        products = rows @ rows.T / 4096
+        self.assertLess((products - torch.eye(16)).abs().max().item(), 0.08)
+        self.assertLess(rows.mean(1).abs().max().item(), 0.08)
+
+    def test_seed_comes_from_the_name(self):
+        self.assertEqual(encoder.seed_of("model.layers.0.self_attn.q_proj"), 3874122413)
+
+
+if __name__ == "__main__":
+    unittest.main()
