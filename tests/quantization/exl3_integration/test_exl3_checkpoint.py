@@ -32,9 +32,9 @@ if is_torch_available():
     import torch
     from safetensors.torch import save_file
 
+    from transformers.integrations.exl3.architecture import check_architecture
     from transformers.integrations.exl3.checkpoint import Exl3CheckpointError, read_checkpoint, read_header
     from transformers.integrations.exl3.modules import Exl3Module
-    from transformers.integrations.exl3.architecture import check_architecture
 
     from .synthetic import random_linear, read_tensors
     from .tiny_models import tiny_model
