@@ -66,6 +66,14 @@ class Exl3HfQuantizer(HfQuantizer):
 
     update_torch_dtype = update_dtype  # its name in the older guide
 
+    def update_parallel_plan(self, model, plan):
+        distributed = getattr(model.config, "distributed_config", None)
+        if (getattr(distributed, "tp_size", None) or 1) > 1:
+            raise ValueError(
+                "EXL3 does not support tensor parallelism yet: its tensors can be cut at whole blocks of 128 features only, "
+                "and no plan does that. Use `device_map` to spread the model instead."
+            )
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs
     ):
@@ -89,7 +97,7 @@ class Exl3HfQuantizer(HfQuantizer):
         # The default names the last parameter, whose module is meant: a bias as well as a weight.
         self.plan = Plan(model, config, [name.removesuffix(".bias") for name in skip])
         self.progress_bar = logging.tqdm(
-            total=self.plan.weights, desc="Quantizing to EXL3", unit="weights", unit_scale=True
+            total=self.plan.weights, desc="Quantizing to EXL3", unit="weights", unit_scale=True, position=1
         )
         return self.plan.modules
 

@@ -20,6 +20,7 @@ import random
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from parameterized import parameterized
@@ -262,6 +263,14 @@ class Exl3QuantizerTest(unittest.TestCase):
         ):
             Exl3HfQuantizer(config, pre_quantized=False).validate_environment()
         Exl3HfQuantizer(config, pre_quantized=True).validate_environment()
+
+    def test_tensor_parallelism_is_refused(self):
+        quantizer = Exl3HfQuantizer(Exl3Config(), pre_quantized=True)
+        for sizes in ({"distributed_config": SimpleNamespace(tp_size=1)}, {"distributed_config": None}, {}):
+            quantizer.update_parallel_plan(SimpleNamespace(config=SimpleNamespace(**sizes)), {})
+        model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2)))
+        with self.assertRaisesRegex(ValueError, "tensor parallelism yet.*Use `device_map`"):
+            quantizer.update_parallel_plan(model, {})
 
 
 @require_torch
