@@ -1,0 +1,101 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Peak memory of quantizing a whole model on the fly, against the quantized model and its largest tensor (Linux).
+
+    python tests/quantization/exl3_integration/benches/bench_memory.py [--hidden 1024] [--layers 8]
+
+The model is a Llama in bfloat16 with random weights, saved in shards. Anonymous memory is sampled every two milliseconds: the
+pages of the mapped source files are not the process's own. The search is a stand-in, since memory does not depend on it.
+"""
+
+import argparse
+import re
+import tempfile
+import threading
+import time
+from unittest import mock
+
+import torch
+
+from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, logging
+from transformers.integrations.exl3.kernels import cpu
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory that this process has now."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return int(re.search(r"RssAnon:\s+(\d+) kB", file.read())[1]) * 1024
+
+
+def peak_while(call):
+    """What `call` returns, and the most anonymous memory that the process had meanwhile."""
+    peak, done = anonymous(), threading.Event()
+
+    def sample():
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.002)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        return call(), peak
+    finally:
+        done.set()
+        sampler.join()
+
+
+def load(hidden: int, layers: int, folder: str):
+    """Save a float model of these sizes to `folder` and quantize it while it is loaded again."""
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        vocab_size=16 * hidden,
+        dtype=torch.bfloat16,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
+    before = anonymous()
+    model, peak = peak_while(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=Exl3Config(bits=4, head_bits=6)
+        )
+    )
+    return model, peak - before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with (
+        mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        load(256, 1, folder)  # what is allocated once
+        model, used = load(arguments.hidden, arguments.layers, folder + "/model")
+    largest = 2 * model.model.embed_tokens.weight.numel()
+    quantized = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    print(f"quantized model {quantized / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB (bfloat16)")
+    print(f"peak {used / 2**20:.0f} MiB = quantized model + {(used - quantized) / largest:.2f} * largest tensor")
+
+
+if __name__ == "__main__":
+    main()
