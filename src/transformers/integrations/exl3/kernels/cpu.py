@@ -15,8 +15,9 @@
 The door to the compiled CPU kernels of `cpu.cpp`, a plain C library beside this file that is loaded with ctypes.
 
 `setup.py` compiles it. Where it is missing, `is_available()` says so once and everything runs on the torch reference.
-What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512`, `avx2` or `base`) forces
-an instruction set, otherwise the best that the machine has is taken. Results are the same bytes on all of them.
+What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512vnni`, `avx512`, `avx2` or
+`base`) forces an instruction set, otherwise the best that the machine has is taken. Results are the same bytes on all of
+them, and on any number of threads: `torch.get_num_threads()` are used, those of torch's own OpenMP library where it has one.
 """
 
 import ctypes
@@ -33,7 +34,7 @@ from .. import format
 logger = logging.get_logger(__name__)
 
 LIBRARY = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
-ABI_VERSION = 1  # as in cpu.cpp
+ABI_VERSION = 2  # as in cpu.cpp
 
 _STATUS = {
     1: "it knows no such rate",
@@ -41,9 +42,47 @@ _STATUS = {
     3: "EXL3_CPU_ISA names an instruction set that this machine or this build lacks",
 }
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in common.h
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", _POINTER), ("stride", _LONG), ("dtype", _INT)]
+
+
+class _LinearCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "y", "suh", "svh", "bias")),
+        ("trellis", _POINTER),
+        *((name, _LONG) for name in ("row_stride", "column_stride", "rows", "in_features", "out_features")),
+        *((name, _LONG) for name in ("in_tiles", "out_tiles")),
+        ("twice_bits", _INT),
+        ("codebook", _INT),
+    ]
+
+
+class _RotateCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "y", "before", "after", "bias")),
+        *((name, _LONG) for name in ("rows", "in_features", "out_features")),
+    ]
+
+
+class _DecodeCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _Rows) for name in ("y", "suh", "svh")),
+        ("trellis", _POINTER),
+        *((name, _LONG) for name in ("row_stride", "column_stride", "in_tiles", "out_tiles")),
+        ("twice_bits", _INT),
+        ("codebook", _INT),
+    ]
+
+
 _SIGNATURES = {
     "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _POINTER, _INT],
-    "exl3_decode": [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _POINTER, _LONG, _INT],
+    "exl3_linear": [_POINTER, _LONG, _INT],
+    "exl3_rotate": [_POINTER, _INT],
+    "exl3_decode": [_POINTER, _INT],
+    "exl3_dequantize": [_POINTER, _INT],
 }
 
 
@@ -62,6 +101,10 @@ def _library() -> ctypes.CDLL | None:
             "from source to compile them anew"
         )
     library.exl3_isa.restype = ctypes.c_char_p
+    library.exl3_use_openmp.argtypes = [_POINTER]
+    # In the process itself, where torch has put its OpenMP library, if it has one with GCC's names.
+    region = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name != "nt" else None
+    library.exl3_use_openmp(ctypes.cast(region, _POINTER) if region else None)
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
     return library
@@ -77,7 +120,7 @@ def is_available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: `avx512`, `avx2` or `base`, the one that every machine of the architecture has."""
+    """The instruction set in use: `avx512vnni`, `avx512`, `avx2` or `base`, which every machine of the architecture has."""
     name = _loaded().exl3_isa()
     if name is None:
         raise ValueError(f"EXL3_CPU_ISA={os.environ.get('EXL3_CPU_ISA')}: {_STATUS[3]}")
@@ -120,43 +163,133 @@ def search(tiles: torch.Tensor, bits: float, codebook: str) -> torch.Tensor:
     return states
 
 
+def linear(
+    x: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out_features: int,
+) -> torch.Tensor:
+    """What `ops.linear` computes, for few rows: see there for arguments, result and errors."""
+    return grouped_linear([(x, trellis, suh, svh, bias, codebook)], out_features)[0]
+
+
+def grouped_linear(layers: list[tuple], out_features: int) -> list[torch.Tensor]:
+    """Several products at once, on all threads together.
+
+    Args:
+        layers (`list[tuple]`): For each the arguments `x` to `codebook` of `linear`.
+        out_features (`int`): Of all of them.
+
+    Returns:
+        `list[torch.Tensor]`: For each layer `[..., out_features]`, of the dtype of its `x`.
+    """
+    calls, results, kept = (_LinearCall * len(layers))(), [], []
+    for call, (x, trellis, suh, svh, bias, codebook) in zip(calls, layers):
+        trellis, x = _tiles(trellis), x.contiguous()
+        y = x.new_empty(*x.shape[:-1], out_features)
+        call.x, call.y, call.suh, call.svh = _rows(x), _rows(y), _rows(suh), _rows(svh)
+        if bias is not None:
+            call.bias = _rows(bias)
+        call.rows, call.in_features, call.out_features = x.numel() // x.shape[-1], x.shape[-1], out_features
+        _set_trellis(call, trellis, codebook)
+        results.append(y)
+        kept.append((x, trellis))  # until the call is done
+    _call("exl3_linear", ctypes.byref(calls), len(calls), torch.get_num_threads())
+    return results
+
+
+def rotate(
+    x: torch.Tensor,
+    before: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same as `hadamard(x * before) * after + bias` in fp32, with `x` padded with zeros, cut to the size of `out`.
+
+    Args:
+        x (`torch.Tensor`): `[rows, n]`, float32, float16 or bfloat16 on the CPU.
+        before, after (`torch.Tensor`, *optional*): `[n]`, padded to a multiple of 128.
+        bias (`torch.Tensor`, *optional*): At least as long as a row of `out`.
+        out (`torch.Tensor`, *optional*): Where to write: `[rows, m]` with the same number of 128-blocks as `x`, rows
+            contiguous each. By default float32, with the padding.
+
+    Returns:
+        `torch.Tensor`: `out`.
+    """
+    padded = format.padded(x.shape[-1])
+    if out is None:
+        out = x.new_empty(x.shape[0], padded, dtype=torch.float32)
+    call = _RotateCall(x=_rows(x), y=_rows(out), rows=x.shape[0], in_features=x.shape[1], out_features=out.shape[1])
+    for name, scale in (("before", before), ("after", after)):
+        if scale is not None:
+            setattr(call, name, _rows(scale))
+    if bias is not None:
+        call.bias = _rows(bias)
+    _call("exl3_rotate", ctypes.byref(call), torch.get_num_threads())
+    return out
+
+
 def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The same as `format.decode(trellis, codebook).to(dtype)`, to the byte.
 
     Args:
-        trellis (`torch.Tensor`): int16 `[in/16, out/16, 16K]` on the CPU. A slice of another's rows and columns is fine.
+        trellis (`torch.Tensor`): int16 `[in/16, out/16, 16K]` on the CPU, in any order of tiles in memory.
         codebook (`str`): One of `format.CODEBOOKS`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): float32, float16 or bfloat16.
 
     Returns:
-        `torch.Tensor`: `[in, out]`, of `dtype`.
+        `torch.Tensor`: `[in, out]`, of `dtype`, with the columns contiguous.
 
     Raises:
         ValueError: For a trellis of another dtype, shape or device, and for an unknown codebook or another `dtype`.
         RuntimeError: If the kernels are missing.
     """
+    trellis = _tiles(trellis)
+    inner = torch.empty(trellis.shape[1] * format.TILE, trellis.shape[0] * format.TILE, dtype=dtype)
+    call = _DecodeCall(y=_rows(inner))
+    _set_trellis(call, trellis, codebook)
+    _call("exl3_decode", ctypes.byref(call), torch.get_num_threads())
+    return inner.T
+
+
+def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str) -> torch.Tensor:
+    """What `ops.dequantize` computes, to the byte: see there for arguments, result and errors."""
+    trellis = _tiles(trellis)
+    weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32)
+    call = _DecodeCall(y=_rows(weight), suh=_rows(suh), svh=_rows(svh))
+    _set_trellis(call, trellis, codebook)
+    _call("exl3_dequantize", ctypes.byref(call), torch.get_num_threads())
+    return weight
+
+
+def _tiles(trellis):
+    """`trellis` in some order of tiles, each tile contiguous."""
     if trellis.dtype is not torch.int16 or trellis.device.type != "cpu" or trellis.dim() != 3:
         raise ValueError(f"a trellis is int16 [in/16, out/16, 16K], here on the CPU: {_describe(trellis)}")
-    bits = format.bits_of(trellis)
-    values = _values(codebook, dtype)
-    rows, columns, words = trellis.shape
-    if trellis.stride(2) != 1 or (columns > 1 and trellis.stride(1) != words):
-        trellis = trellis.contiguous()
-    inner = torch.empty(rows * format.TILE, columns * format.TILE, dtype=dtype)
-    _call(
-        "exl3_decode",
-        trellis.data_ptr(),
-        trellis.stride(0),
-        rows,
-        columns,
-        int(2 * bits),
-        values.data_ptr(),
-        dtype.itemsize,
-        inner.data_ptr(),
-        inner.stride(0),
-        torch.get_num_threads(),
-    )
-    return inner
+    format.bits_of(trellis)
+    return trellis if trellis.stride(2) == 1 else trellis.contiguous()
+
+
+def _set_trellis(call, trellis, codebook):
+    if codebook not in format.CODEBOOKS:
+        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
+    call.trellis, call.row_stride, call.column_stride = trellis.data_ptr(), trellis.stride(0), trellis.stride(1)
+    call.in_tiles, call.out_tiles = trellis.shape[0], trellis.shape[1]
+    call.twice_bits, call.codebook = trellis.shape[2] // 8, format.CODEBOOKS.index(codebook)
+
+
+def _rows(tensor):
+    """A tensor for the library: rows of numbers, contiguous each and evenly spaced."""
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or (tensor.numel() and tensor.stride(-1) != 1):
+        raise ValueError(
+            f"the EXL3 kernels take contiguous rows of float32, float16 or bfloat16 on the CPU: {_describe(tensor)}"
+        )
+    stride = tensor.stride(-2) if tensor.dim() > 1 else 0
+    return _Rows(tensor.data_ptr(), stride, DTYPES[tensor.dtype])
 
 
 @lru_cache

@@ -1,0 +1,228 @@
+// Copyright 2026 The HuggingFace Team. All rights reserved.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+// What the compiled kernels share whatever the instruction set: constants of the format, dtypes, threads.
+
+#pragma once
+
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(_MSC_VER)
+#define EXL3_NOINLINE __declspec(noinline)
+#else
+#define EXL3_NOINLINE __attribute__((noinline))
+#endif
+
+namespace {
+
+constexpr int TILE = 16, TILE_SIZE = TILE * TILE, BLOCK = 128, NUM_STATES = 1 << 16;  // as in format.py
+constexpr int BLOCK_TILES = BLOCK / TILE;
+constexpr float HADAMARD_SCALE = 0.08838834764831845f;  // 128 ** -0.5, the factor of a rotation
+constexpr int RATES[] = {2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};  // `format.BITS`, twice
+constexpr int NUM_RATES = sizeof RATES / sizeof *RATES;
+
+enum Status { OK = 0, NO_SUCH_RATE = 1, OUT_OF_MEMORY = 2, NO_SUCH_ISA = 3 };
+enum Codebook { THREE_INST, MCG, MUL1, NUM_CODEBOOKS };  // the order of `format.CODEBOOKS`
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };               // the order of `cpu.DTYPES`
+
+// The index of a rate in RATES, -1 for one that the format does not have.
+int rate_index(int twice_bits) {
+  for (int i = 0; i < NUM_RATES; ++i)
+    if (RATES[i] == twice_bits) return i;
+  return -1;
+}
+
+// Memory that starts on a cache line, not initialised.
+template <typename Value>
+struct Buffer {
+  static constexpr size_t LINE = 64;
+  std::unique_ptr<unsigned char[]> memory;
+  Value* data;
+  explicit Buffer(size_t size) : memory(new unsigned char[size * sizeof(Value) + LINE]) {
+    void* start = memory.get();
+    size_t space = size * sizeof(Value) + LINE;
+    data = static_cast<Value*>(std::align(LINE, size * sizeof(Value), start, space));
+  }
+};
+
+// OpenMP's entry for a parallel region, as GCC calls it. It is that of the library that torch itself computes on: its
+// threads are the same ones, and are not woken beside others that still spin. Null where torch has none.
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+ParallelRegion parallel_region = nullptr;
+
+// Runs `work(index)` for every index below `count`, in any order, on up to `threads` threads. It must not throw.
+template <typename Work>
+void for_each_index(int64_t count, int threads, const Work& work) {
+  if (threads > count) threads = int(count);
+  if (threads <= 1) {
+    for (int64_t index = 0; index < count; ++index) work(index);
+    return;
+  }
+  struct Region {
+    const Work& work;
+    int64_t count, chunk;  // so many indices are taken at a time, since neighbours often share memory
+    std::atomic<int64_t> next{0};
+    static void run(void* self) {
+      Region& region = *static_cast<Region*>(self);
+      for (int64_t first; (first = region.next.fetch_add(region.chunk)) < region.count;)
+        for (int64_t index = first; index < first + region.chunk && index < region.count; ++index) region.work(index);
+    }
+  } region{work, count, count / (8 * threads) + 1};
+  if (parallel_region) return parallel_region(Region::run, &region, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(Region::run, &region);
+  } catch (const std::system_error&) {
+    // The system has no more threads: those that there are do it all.
+  }
+  Region::run(&region);
+  for (auto& other : others) other.join();
+}
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "of the same size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float from_half(uint16_t half) {
+  uint32_t magnitude = uint32_t(half & 0x7FFF) << 13;
+  // The exponent's bias is 112 less: multiplying by 2**112 also makes subnormal numbers normal.
+  uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  bits = magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : bits;  // infinite or no number
+  return bit_cast<float>(bits | uint32_t(half & 0x8000) << 16);
+}
+
+inline uint16_t to_half(float value) {
+  uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7FFFFFFF;
+  // Subnormal numbers are multiples of 2**-24, which is the last place of numbers from 0.5 to 1.
+  uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000;
+  uint32_t normal = (magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13;
+  uint32_t large = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+  uint32_t result = magnitude < 0x38800000 ? small : magnitude < 0x47800000 ? normal : large;
+  return uint16_t(result | (bits >> 16 & 0x8000));
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+inline float from_bfloat(uint16_t value) { return bit_cast<float>(uint32_t(value) << 16); }
+
+inline uint16_t to_bfloat(float value) {
+  uint32_t bits = bit_cast<uint32_t>(value);
+  uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(Half value) { return from_half(value.bits); }
+inline float to_float(BFloat value) { return from_bfloat(value.bits); }
+inline void from_float(float value, float* to) { *to = value; }
+inline void from_float(float value, Half* to) { to->bits = to_half(value); }
+inline void from_float(float value, BFloat* to) { to->bits = to_bfloat(value); }
+
+// A tensor's numbers, in rows that are `stride` elements apart, each contiguous.
+struct Rows {
+  void* data;  // null for none
+  int64_t stride;
+  int32_t dtype;
+};
+
+// What `exl3_linear` computes: `y = x @ W + bias`. Sizes are in features, tiles or elements.
+struct LinearCall {
+  Rows x, y;  // [rows, in_features] and [rows, out_features]
+  Rows suh, svh, bias;
+  const int16_t* trellis;  // [in_tiles, out_tiles, 16 K], each tile contiguous
+  int64_t row_stride, column_stride;
+  int64_t rows, in_features, out_features, in_tiles, out_tiles;
+  int32_t twice_bits, codebook;
+};
+
+// What `exl3_rotate` computes: `y = hadamard(x * before) * after + bias`.
+struct RotateCall {
+  Rows x, y;  // [rows, in_features] and [rows, out_features], both padded to the same number of blocks
+  Rows before, after, bias;
+  int64_t rows, in_features, out_features;
+};
+
+// What `exl3_decode` and `exl3_dequantize` compute: the inner matrix, or the weight, transposed.
+struct DecodeCall {
+  Rows y;         // [16 out_tiles, 16 in_tiles]
+  Rows suh, svh;  // of `exl3_dequantize` alone
+  const int16_t* trellis;
+  int64_t row_stride, column_stride, in_tiles, out_tiles;
+  int32_t twice_bits, codebook;
+};
+
+// A tile is stored as 32 lanes of 8 codes, in the order of a tensor core's operand. Codes are kept in memory lane by lane,
+// the codes of a lane in this order: neighbours are then of the same column.
+constexpr int LANES_OF_TILE = 32, LANE_CODES = 8;
+constexpr int LANE_ORDER[LANE_CODES] = {0, 2, 4, 6, 1, 3, 5, 7};
+constexpr int row_of(int lane, int code) { return 2 * (lane % 4) + code % 2 + 8 * (code / 2 % 2); }
+
+// What a code stands for before it is rounded to fp16: `step * code + start`. Both terms and the sum are exact in fp32.
+struct CodeUnits {
+  float step, start;
+  int largest_input;  // so that 16 products of codes and inputs add up to less than 2**31
+};
+constexpr CodeUnits UNITS[NUM_CODEBOOKS] = {
+    {0x1p-13f, 0, 4095}, {0x1p-13f, 0, 4095}, {0.00676727294921875f, 1024 * 0.00676727294921875f - 10.3828125f, 32767}};
+
+constexpr uint32_t MULTIPLIERS[NUM_CODEBOOKS] = {89226354, 0xCBAC1FED, 0x83DCD12D};  // as in format.py
+constexpr uint32_t THREE_INST_ADDEND = 64248484;
+// The bits below its exponent that a half of 0x3B603B60 flips, and the first bit of a mantissa, which fp16 leaves out.
+constexpr int16_t MANTISSA_FLIPS = 0x3B60 & 0x3FF, HIDDEN_BIT = 0x400;
+
+// For 16 rows of a tile's column and 16 of the one 8 columns on: where in the codes of four lanes each stands.
+struct Transposition {
+  alignas(64) uint16_t places[2 * TILE] = {};
+  constexpr Transposition() {
+    for (int lane = 0; lane < 4; ++lane)
+      for (int place = 0; place < LANE_CODES; ++place) {
+        int code = LANE_ORDER[place];
+        places[code / 4 * TILE + row_of(lane, code)] = uint16_t(lane * LANE_CODES + place);
+      }
+  }
+};
+constexpr Transposition TRANSPOSED{};
+
+// The 256 codes of a tile to the order of its transpose, row after row.
+inline void transpose_codes(const int16_t* codes, int16_t* transposed) {
+  for (int i = 0; i < TILE / 2; ++i, codes += 32)
+    for (int row = 0; row < TILE; ++row) {
+      transposed[i * TILE + row] = codes[TRANSPOSED.places[row]];
+      transposed[(i + 8) * TILE + row] = codes[TRANSPOSED.places[TILE + row]];
+    }
+}
+
+}  // namespace
