@@ -129,10 +129,11 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.placement.modules
 
     def update_weight_conversions(self, weight_conversions, model):
-        from ..integrations.exl3.loading import Exl3Names, with_transforms
+        from ..integrations.exl3.loading import Exl3Names, Exl3Stored, with_transforms
 
         if self.plan is not None:
-            return [*weight_conversions, Exl3Names(self.plan.names)]
+            stored = Exl3Stored(self.plan.modules, model, weight_conversions)
+            return [*weight_conversions, Exl3Names(self.plan.names), stored]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:
