@@ -132,7 +132,7 @@ class Exl3Stored(WeightConverter):
     __slots__ = ("names",)
 
     def __init__(self, modules: dict[str, Exl3Module], model: nn.Module, weight_conversions: list[WeightTransform]):
-        super().__init__("exl3 stored", "exl3 stored", [Exl3AsItIs()])
+        super().__init__("exl3 stored", "exl3 stored", [Exl3AsStored()])
         self.names = {
             f"{path}.{name}.{leaf}".replace("..", ".")
             for path, module in modules.items()
@@ -163,11 +163,14 @@ def _plain_names(modules: dict[str, Exl3Module]) -> list[str]:
     return [f"{path}.{name}" for path, m in modules.items() for name, _ in m.plain.named_parameters(recurse=False)]
 
 
-class Exl3AsItIs(ConversionOps):
-    """Leaves one tensor under its name."""
+class Exl3AsStored(ConversionOps):
+    """Leaves one tensor under its name, in the dtype that the format has: PEFT casts scales to fp32 for training."""
 
     def convert(self, input_dict, **kwargs):
-        return input_dict
+        scales = ("suh", "svh", "signs")
+        return {
+            name: tensor.half() if name.rpartition(".")[2] in scales else tensor for name, tensor in input_dict.items()
+        }
 
 
 class Exl3Unpad(ConversionOps):
