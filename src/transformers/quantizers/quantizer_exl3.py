@@ -67,12 +67,25 @@ class Exl3HfQuantizer(HfQuantizer):
     update_torch_dtype = update_dtype  # its name in the older guide
 
     def update_parallel_plan(self, model, plan):
-        distributed = getattr(model.config, "distributed_config", None)
-        if (getattr(distributed, "tp_size", None) or 1) > 1:
+        sizes = {
+            name: getattr(getattr(model.config, "distributed_config", None), f"{name}_size", None) or 1
+            for name in ("tp", "ep", "dp", "pp")
+        }
+        others = [f"`{name}_size`" for name, size in sizes.items() if size > 1 and name != "tp"]
+        if others:
             raise ValueError(
-                "EXL3 does not support tensor parallelism yet: its tensors can be cut at whole blocks of 128 features only, "
-                "and no plan does that. Use `device_map` to spread the model instead."
+                f"EXL3 models cannot be distributed by {', '.join(others)}. Use `tp_plan` or `device_map`."
             )
+        if sizes["tp"] == 1:
+            return
+        if self.requires_parameters_quantization or self.quantization_config.dequantize:
+            raise ValueError(
+                "Tensor parallelism is for EXL3 checkpoints as they are: quantize or dequantize the model in one process and "
+                "save it first."
+            )
+        from ..integrations.exl3.parallel import adapt_plan
+
+        adapt_plan(model, plan, sizes["tp"])
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs
@@ -179,6 +192,13 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model):
+        if not model.is_distributed_loading_by_transformers:
+            return super().get_state_dict_and_metadata(model)
+        from ..integrations.exl3.parallel import gathered
+
+        return gathered(model.state_dict()), {}
 
     @property
     def is_trainable(self) -> bool:

@@ -350,6 +350,7 @@ def finish_modules(model: nn.Module, progress=None):
             if (
                 parameter is not None
                 and parameter.device.type == "cpu"
+                and not hasattr(parameter, "device_mesh")  # a part of a tensor is a copy
                 and parameter.data_ptr() % parameter.element_size()
             ):
                 parameter.data = parameter.data.clone()
