@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Tensor parallelism: two processes compute, differentiate, generate and save what one does.
+Tensor parallelism and FSDP2: two processes compute, differentiate, generate and save what one does.
 
 This file is also what the processes run: `torchrun --nproc-per-node 2 test_exl3_distributed.py FOLDER...`.
 """
@@ -27,10 +27,16 @@ from types import SimpleNamespace
 
 import torch
 from parameterized import parameterized
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
-from transformers.testing_utils import require_accelerate, require_torch
+from transformers.testing_utils import require_accelerate, require_peft, require_torch
+from transformers.utils import is_peft_available
 
+
+if is_peft_available():
+    from peft import LoraConfig, get_peft_model
 
 SIZES = {
     "hidden_size": 256,
@@ -67,7 +73,28 @@ def work(folders):
         if torch.distributed.get_rank() == 0:
             torch.save(found | {"held": held}, os.path.join(out, "results.pt"))
         torch.distributed.barrier()
+    if is_peft_available():
+        torch.save(adapter_gradients(folders[0], shard=True), os.path.join(folders[0], "out", "gradients.pt"))
     torch.distributed.destroy_process_group()
+
+
+def adapter_gradients(folder, shard):
+    """The gradients of adapters on the checkpoint in `folder`; with FSDP2, each process has a part of all and of the batch."""
+    ids = torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False)
+    model = get_peft_model(model, config)
+    if shard:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}  # FSDP2 takes none
+        for module in (*model.base_model.model.model.layers, model):
+            fully_shard(module, mesh=mesh, ignored_params=scalars)
+        assert all(isinstance(p, DTensor) for p in model.parameters() if p.dim())
+        ids = ids.chunk(2)[torch.distributed.get_rank()]
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: g.full_tensor() if shard else g for name, g in gradients.items()}
 
 
 if __name__ == "__main__":
@@ -113,7 +140,7 @@ def phi3():
 
 @require_torch
 @require_accelerate
-class Exl3TensorParallelTest(unittest.TestCase):
+class Exl3DistributedTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         torch.manual_seed(0)
@@ -160,6 +187,15 @@ class Exl3TensorParallelTest(unittest.TestCase):
         for key, tensor in expected.items():
             self.assertEqual(saved[key].dtype, tensor.dtype, key)
             self.assertTrue(torch.equal(saved[key], tensor), key)
+
+    @require_peft
+    def test_adapters_under_fsdp_have_the_gradients_of_one_process(self):
+        folder = self.folders["llama"]
+        found = torch.load(os.path.join(folder, "out", "gradients.pt"))
+        expected = adapter_gradients(folder, shard=False)
+        self.assertEqual(found.keys(), expected.keys())
+        for key, gradient in expected.items():
+            self.assertLess(float((found[key] - gradient).abs().max() / gradient.abs().max()), 1e-5, key)
 
 
 @require_torch
