@@ -78,10 +78,10 @@ class Exl3HfQuantizer(HfQuantizer):
             )
         if sizes["tp"] == 1:
             return
-        if self.requires_parameters_quantization or self.quantization_config.dequantize:
+        if self.quantization_config.dequantize:
             raise ValueError(
-                "Tensor parallelism is for EXL3 checkpoints as they are: quantize or dequantize the model in one process and "
-                "save it first."
+                "`dequantize=True` and tensor parallelism do not go together: dequantize the checkpoint in one process, save it, "
+                "and load that."
             )
         from ..integrations.exl3.parallel import adapt_plan
 
@@ -177,6 +177,10 @@ class Exl3HfQuantizer(HfQuantizer):
         else:
             finish_modules(model, self.progress_bar.update)
             self.progress_bar.close()
+        if model.is_distributed_loading_by_transformers:
+            from ..integrations.exl3.parallel import cut_quantized
+
+            cut_quantized(model)
         self.placement = self.plan = self.progress_bar = None
         if not self.quantization_config.dequantize:
             model.save_pretrained = SaveWithTensorStorage(model)

@@ -61,11 +61,19 @@ def results(model):
     return {"logits": logits, "gradient": embeddings.grad, "tokens": tokens}
 
 
+def load(folder, **kwargs):
+    """The checkpoint in `folder`, quantized on the fly where it is a float one."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        if "quantization_config" not in json.load(file):
+            kwargs["quantization_config"] = Exl3Config(bits=2, head_bits=3)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
 def work(folders):
     """What each process does, for every checkpoint: load its part, write the results and the checkpoint."""
     torch.set_num_threads(1)
     for folder in folders:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto")
+        model = load(folder, tp_plan="auto")
         found = results(model)
         held = {name: (getattr(p, "_local_tensor", p)).numel() for name, p in model.named_parameters()}
         out = os.path.join(folder, "out")
@@ -138,6 +146,14 @@ def phi3():
     return checkpoint
 
 
+def on_the_fly():
+    """A float checkpoint, with biases on both sides."""
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, vocab_size=256, attention_bias=True))
+    for name in "kvo":
+        torch.nn.init.normal_(getattr(model.model.layers[0].self_attn, f"{name}_proj").bias, std=0.1)
+    return SyntheticCheckpoint(model)
+
+
 @require_torch
 @require_accelerate
 class Exl3DistributedTest(unittest.TestCase):
@@ -145,11 +161,12 @@ class Exl3DistributedTest(unittest.TestCase):
     def setUpClass(cls):
         torch.manual_seed(0)
         cls.folders = {}
-        for make in (llama, phi3):
+        for make in (llama, phi3, on_the_fly):
             folder = tempfile.TemporaryDirectory()
             cls.addClassCleanup(folder.cleanup)
             checkpoint = make()
-            checkpoint.save(folder.name, checkpoint.tensors)
+            is_float = make is on_the_fly
+            checkpoint.save(folder.name, checkpoint.dense if is_float else checkpoint.tensors, quantized=not is_float)
             cls.folders[make.__name__] = folder.name
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
         command += ["--rdzv-endpoint=localhost:0", __file__, *cls.folders.values()]
@@ -157,25 +174,25 @@ class Exl3DistributedTest(unittest.TestCase):
         if done.returncode:
             raise AssertionError(f"{done.stdout}\n{done.stderr}")
 
-    @parameterized.expand(["llama", "phi3"])
+    @parameterized.expand(["llama", "phi3", "on_the_fly"])
     def test_two_processes_give_what_one_does(self, name):
         folder = self.folders[name]
         found = torch.load(os.path.join(folder, "out", "results.pt"))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load(folder)
         expected = results(model)
         self.assertTrue(torch.equal(found["tokens"], expected["tokens"]))
         for key in ("logits", "gradient"):
             error = (found[key] - expected[key]).abs().max() / expected[key].abs().max()
             self.assertLess(float(error), 1e-5, key)
-        if name == "llama":  # nothing that is quantized is whole on a rank
+        if name != "phi3":  # nothing that is quantized is whole on a rank
             trellises = {key: parameter.numel() for key, parameter in model.named_parameters() if "trellis" in key}
             self.assertEqual({key: 2 * found["held"][key] for key in trellises}, trellises)
 
-    @parameterized.expand(["llama", "phi3"])
+    @parameterized.expand(["llama", "phi3", "on_the_fly"])
     def test_two_processes_save_what_one_does(self, name):
         folder = self.folders[name]
         with tempfile.TemporaryDirectory() as one:
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(one)
+            load(folder).save_pretrained(one)
             saved, expected = read_tensors(os.path.join(folder, "out")), read_tensors(one)
             for file in ("config.json", "quantization_config.json"):
                 contents = []
@@ -246,14 +263,13 @@ class Exl3ParallelPlanTest(unittest.TestCase):
         [
             ({"ep_size": 2}, {}, "cannot be distributed by `ep_size`"),
             ({"dp_size": 2, "tp_size": 2}, {}, "cannot be distributed by `dp_size`"),
-            ({"tp_size": 2}, {"pre_quantized": False}, "is for EXL3 checkpoints as they are: quantize"),
-            ({"tp_size": 2}, {"dequantize": True}, "is for EXL3 checkpoints as they are: quantize"),
+            ({"tp_size": 2}, {"dequantize": True}, "`dequantize=True` and tensor parallelism do not go together"),
         ]
     )
     def test_other_ways(self, sizes, how, message):
         from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
 
         config = Exl3Config(dequantize=how.get("dequantize", False))
-        quantizer = Exl3HfQuantizer(config, pre_quantized=how.get("pre_quantized", True))
+        quantizer = Exl3HfQuantizer(config, pre_quantized=True)
         model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(**sizes)))
         self.assertRaisesRegex(ValueError, message, quantizer.update_parallel_plan, model, {})

@@ -36,10 +36,23 @@ from .modules import Exl3Linear, Exl3Module
 
 def _cut(module: nn.Module, name: str, mesh, dims: dict[str, int]):
     """Cut the parameter `name` of a quantized layer along its dimension in `dims`; what is not in there stays whole."""
+    if module.pending:
+        module.cut_later = mesh, dims
+        return
     parameter = module._parameters.get(name)
     if parameter is not None and name in dims:
         cut = distribute_tensor(parameter, mesh, [Shard(dims[name])], src_data_rank=None)
         module._parameters[name] = nn.Parameter(cut, requires_grad=False)
+
+
+def cut_quantized(model: nn.Module):
+    """Cut the layers that were quantized on the fly, which every rank does as a whole: the same weights, the same bytes."""
+    for module in model.modules():
+        if hasattr(module, "cut_later"):
+            mesh, dims = module.cut_later
+            del module.cut_later
+            for name in dims:
+                _cut(module, name, mesh, dims)
 
 
 class Exl3Colwise(ColwiseParallel):
