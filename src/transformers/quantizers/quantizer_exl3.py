@@ -27,6 +27,9 @@ if is_torch_available():
 
 logger = logging.get_logger(__name__)
 
+# What a config says of weights that were quantized here. Converters fold constants into those of some architectures.
+QUANTIZED_HERE = {"quantized_by": "transformers"}
+
 
 class Exl3HfQuantizer(HfQuantizer):
     """Loads EXL3 checkpoints, and quantizes float ones to EXL3 while loading them, without data."""
@@ -104,6 +107,7 @@ class Exl3HfQuantizer(HfQuantizer):
 
         config = self.quantization_config
         config.codebook = config.codebook or "mul1"  # a dict without one comes from no converter here
+        config.converter_fields |= QUANTIZED_HERE
         skip = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
@@ -119,7 +123,8 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.checkpoint import read_checkpoint
         from ..integrations.exl3.placement import Placement
 
-        check_architecture(model.config)
+        if not QUANTIZED_HERE.items() <= self.quantization_config.converter_fields.items():
+            check_architecture(model.config)
         unreadable = [file for file in checkpoint_files or ["none"] if not file.endswith(".safetensors")]
         if unreadable:
             raise ValueError(

@@ -28,14 +28,21 @@ import torch
 from parameterized import parameterized
 from torch import nn
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Exl3Config, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Exl3Config,
+    LagunaConfig,
+    LlamaForCausalLM,
+)
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
 from .synthetic import read_tensors
-from .tiny_models import MODELS, tiny_inputs, tiny_model
+from .tiny_models import MODELS, ONE_LAYER, tiny_inputs, tiny_model
 
 
 # Exl3Linear, Exl3SplitLinear, Exl3Experts, and nn.Linear or Conv1D that are left, of each model quantized by default.
@@ -289,6 +296,29 @@ class Exl3QuantizingTest(unittest.TestCase):
             with mock.patch.object(quantized, "push_to_hub", push):
                 quantized.save_pretrained(folder, push_to_hub=True, repo_id="me/model", private=True)
         self.assertEqual(pushed, [("me/model", {"token": None, "private": True})])
+
+    def test_folded_architectures_load_what_was_quantized_here(self):
+        """Converters fold a constant into weights of this architecture, and their checkpoints are refused; ours have none."""
+        sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LagunaConfig(**ONE_LAYER, **sizes, head_dim=32)).eval()
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as quantized:
+            model.save_pretrained(folder)
+            config = Exl3Config(bits=6)
+            result = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+            result.save_pretrained(quantized)
+            loaded = AutoModelForCausalLM.from_pretrained(quantized)
+            self.assertEqual(loaded.config.quantization_config.to_dict()["quantized_by"], "transformers")
+            self.assertTrue(torch.equal(outputs(loaded, "llama"), outputs(result, "llama")))
+            self.assertLess(error(outputs(loaded, "llama"), outputs(model, "llama")), 0.1)
+            path = os.path.join(quantized, "config.json")
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            del content["quantization_config"]["quantized_by"]
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+            with self.assertRaisesRegex(ValueError, "`laguna` are not supported"):
+                AutoModelForCausalLM.from_pretrained(quantized)
 
     def test_names_and_patterns_of_modules_that_stay(self):
         skip = ["down_proj", r"model.layers.0.self_attn", r"layers.*.mlp.up_proj"]
