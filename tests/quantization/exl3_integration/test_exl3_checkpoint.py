@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from parameterized import parameterized
@@ -32,6 +33,7 @@ if is_torch_available():
     import torch
     from safetensors.torch import save_file
 
+    from transformers.core_model_loading import PermuteForRope, WeightConverter
     from transformers.integrations.exl3.architecture import check_architecture
     from transformers.integrations.exl3.checkpoint import Exl3CheckpointError, read_checkpoint, read_header
     from transformers.integrations.exl3.modules import Exl3Module
@@ -218,7 +220,14 @@ class Exl3FixturesTest(Exl3CheckpointTestCase):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             saved = read_tensors(folder)
-            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            config, beside, expected = (
+                json.loads(path.read_text(encoding="utf-8"))
+                for path in (
+                    Path(folder, "config.json"),
+                    Path(folder, "quantization_config.json"),
+                    source / "quantization_config.json",
+                )
+            )
         self.assertEqual(saved.keys(), self.tensors.keys())
         for name, tensor in self.tensors.items():
             # What is not quantized has the dtype that the model was loaded in.
@@ -226,6 +235,12 @@ class Exl3FixturesTest(Exl3CheckpointTestCase):
             self.assertEqual(saved[name].dtype, dtype, name)
             self.assertTrue(torch.equal(saved[name], tensor.to(dtype)), name)
         self.assertEqual(config["quantization_config"], self.config["quantization_config"])
+        # The converter's own file says the same of every module, but for that dtype.
+        for storage in (beside["tensor_storage"], expected["tensor_storage"]):
+            for stored in [stored for module in storage.values() for stored in module["stored_tensors"].items()]:
+                if stored[0].endswith(".weight"):
+                    del stored[1]["dtype"], stored[1]["n_bytes"]
+        self.assertEqual(beside, expected)
 
     def test_files_without_metadata_and_alignment(self):
         write_file(self.file, self.tensors)
@@ -294,6 +309,12 @@ class Exl3BadCheckpointTest(Exl3CheckpointTestCase):
     def test_the_same_with_dequantize(self, _, edit):
         edit(self.tensors)
         self.assert_error(AGAIN, error=Exl3CheckpointError, quantization_config=Exl3Config(dequantize=True))
+
+    def test_layers_whose_rows_upstream_permutes(self):
+        mapping = [WeightConverter("self_attn.q_proj.", "self_attn.q_proj.", [PermuteForRope()])]
+        with patch("transformers.integrations.exl3.placement.get_model_conversion_mapping", lambda model: mapping):
+            message = f"{Q} is quantized, and its weight would become that of {Q} through PermuteForRope"
+            self.assert_error(message, error=Exl3CheckpointError)
 
     def test_all_that_is_wrong_is_told_at_once(self):
         del self.tensors[f"{Q}.suh"]
@@ -410,14 +431,21 @@ class Exl3BadCheckpointTest(Exl3CheckpointTestCase):
         with patch("transformers.quantizers.quantizer_exl3.is_accelerate_available", lambda: False):
             self.assert_error("EXL3 needs torch and accelerate: `pip install accelerate`", error=ImportError)
 
-    @parameterized.expand(["laguna", "mistral4", "mimo_v2_flash"])
-    def test_architectures_whose_weights_have_a_constant_folded_in(self, model_type):
-        if model_type not in CONFIG_MAPPING:
-            self.skipTest(f"no {model_type} here")
-        with self.assertRaisesRegex(
-            ValueError, f"`{model_type}` are not supported.*quantize it on the fly with `Exl3Config`"
-        ):
-            check_architecture(CONFIG_MAPPING[model_type]())
+    @parameterized.expand([("laguna", "divided by 128"), ("mistral4", "divided by 128"), ("mimo_v2_flash", "o_proj")])
+    def test_architectures_whose_weights_have_a_constant_folded_in(self, model_type, constant):
+        message = f"`{model_type}` are not supported.*{constant}.*quantize it on the fly with `Exl3Config`"
+        config = CONFIG_MAPPING[model_type]()
+        self.assertRaisesRegex(ValueError, message, check_architecture, config)
+        if model_type == "mistral4":
+            return  # by itself it is no model, only a part of Mistral 3
+        self.config = config.to_dict() | {"quantization_config": self.config["quantization_config"]}
+        for kwargs in ({}, {"quantization_config": Exl3Config(dequantize=True)}):
+            self.assert_error(message, **kwargs)
+
+    def test_a_folded_architecture_within_another(self):
+        text = CONFIG_MAPPING["mistral4"]()
+        outer = SimpleNamespace(model_type="mistral3", get_text_config=lambda: text)
+        self.assertRaisesRegex(ValueError, "`mistral4` are not supported", check_architecture, outer)
         check_architecture(CONFIG_MAPPING["llama"]())
 
 

@@ -264,13 +264,12 @@ class Exl3QuantizerTest(unittest.TestCase):
             Exl3HfQuantizer(config, pre_quantized=False).validate_environment()
         Exl3HfQuantizer(config, pre_quantized=True).validate_environment()
 
-    def test_tensor_parallelism_is_refused(self):
+    def test_one_process_needs_no_parallel_plan(self):
         quantizer = Exl3HfQuantizer(Exl3Config(), pre_quantized=True)
         for sizes in ({"distributed_config": SimpleNamespace(tp_size=1)}, {"distributed_config": None}, {}):
-            quantizer.update_parallel_plan(SimpleNamespace(config=SimpleNamespace(**sizes)), {})
-        model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2)))
-        with self.assertRaisesRegex(ValueError, "tensor parallelism yet.*Use `device_map`"):
-            quantizer.update_parallel_plan(model, {})
+            plan = {"layers.*.mlp.up_proj": "colwise"}
+            quantizer.update_parallel_plan(SimpleNamespace(config=SimpleNamespace(**sizes)), plan)
+            self.assertEqual(plan, {"layers.*.mlp.up_proj": "colwise"})
 
 
 @require_torch

@@ -104,20 +104,34 @@ class Exl3LoadingTest(unittest.TestCase):
     def test_bits_codebooks_signs_and_head_differ_within_a_model(self):
         model, _ = tiny_model("llama")
         checkpoint = SyntheticCheckpoint(model)
-        checkpoint.quantize("model.layers.0.self_attn.q_proj", codebook="3inst", signs=True)
+        checkpoint.quantize("model.layers.0.self_attn.q_proj", codebook="3inst", signs=("su",))
         checkpoint.quantize("model.layers.0.self_attn.k_proj", codebook="mcg", bits=1)
         checkpoint.quantize("model.layers.0.self_attn.v_proj", bits=2.5)
         checkpoint.quantize_all("layers.0", bits=3)
         checkpoint.quantize("lm_head", bits=6)
         self.check("llama", checkpoint, shards=3)
 
-    def test_biases(self):
+    @parameterized.expand([("su",), ("sv",), ("su", "sv")])
+    def test_packed_signs(self, *signs):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        for name in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):  # the last two have padding on one side
+            checkpoint.quantize(f"model.layers.0.{name}", signs=signs)
+        loaded = self.check("llama", checkpoint)
+        stored = set(loaded.model.layers[0].mlp.down_proj.state_dict())
+        self.assertEqual(stored, {"trellis", "mul1", *signs, *({"suh", "svh"} - {f"{sign}h" for sign in signs})})
+
+    @parameterized.expand([(torch.float16,), (torch.float32,), (torch.bfloat16,)])
+    def test_biases(self, dtype):
         model, _ = tiny_model("qwen2")
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.self_attn.k_proj.bias.normal_()
         checkpoint = SyntheticCheckpoint(model)
         checkpoint.quantize_all()
+        for name, tensor in checkpoint.tensors.items():
+            if name.endswith("_proj.bias"):
+                checkpoint.tensors[name] = tensor.to(dtype)
+                checkpoint.dense[name] = tensor[: len(checkpoint.dense[name])].to(dtype).float()
         self.check("qwen2", checkpoint)
 
     @parameterized.expand(["bert", "t5"])
@@ -173,7 +187,7 @@ class Exl3LoadingTest(unittest.TestCase):
                 weight.copy_(dense.T)
                 bias.copy_(bias.half())
                 checkpoint.tensors |= {f"{prefix}.{expert}.{projection}.{k}": tensor for k, tensor in tensors.items()}
-        self.check("gpt_oss", checkpoint)
+        self.check("gpt_oss", checkpoint, shards=4)  # an expert's tensors stand in several files
 
     def test_parts_of_fused_projections(self):
         checkpoint = SyntheticCheckpoint(tiny_model("phi3")[0])
@@ -181,7 +195,7 @@ class Exl3LoadingTest(unittest.TestCase):
         query_key_value = parts(attention, {"q_proj": 128, "k_proj": 64, "v_proj": 64})
         checkpoint.quantize(f"{attention}.qkv_proj", query_key_value, bits=3)
         checkpoint.quantize(f"{mlp}.gate_up_proj", parts(mlp, {"gate_proj": 100, "up_proj": 100}), bits=2)
-        loaded = self.check("phi3", checkpoint)
+        loaded = self.check("phi3", checkpoint, shards=3)
         self.assertEqual(count(loaded, Exl3SplitLinear), 2)
 
     def test_gate_and_up_of_glm4(self):
@@ -218,23 +232,29 @@ class Exl3LoadingTest(unittest.TestCase):
         loaded.tie_weights()
         self.assertIsInstance(loaded.lm_head, Exl3Linear)
 
-    def test_a_quantized_head_is_untied_under_a_nested_text_config(self):
+    @parameterized.expand([(True, True), (True, False), (False, True), (None, True)])
+    def test_a_quantized_head_is_untied_under_a_nested_text_config(self, outer, nested):
+        """Whichever of the two configs says that it is tied; the outer one may say nothing."""
         checkpoint = SyntheticCheckpoint(tiny_model("gemma3")[0])
         head = "language_model.lm_head"  # the name in files of this architecture
         tensors, checkpoint.dense[f"{head}.weight"] = random_linear(100, 128, bits=6)
 
-        def tie(is_tied):
-            checkpoint.config["tie_word_embeddings"] = checkpoint.config["text_config"]["tie_word_embeddings"] = (
-                is_tied
-            )
+        def tie(outer, nested):
+            for config, is_tied in ((checkpoint.config, outer), (checkpoint.config["text_config"], nested)):
+                config["tie_word_embeddings"] = is_tied
+                if is_tied is None:
+                    del config["tie_word_embeddings"]
 
         def edit(checkpoint):
             checkpoint.tensors |= {f"{head}.{leaf}": tensor for leaf, tensor in tensors.items()}
-            tie(True)
+            tie(outer, nested)
 
-        tie(False)
+        tie(False, False)
         loaded = self.check("gemma3", checkpoint, edit=edit)
         self.assertFalse(loaded.config.get_text_config().tie_word_embeddings)
+        self.assertFalse(loaded.config.tie_word_embeddings)
+        loaded.tie_weights()
+        self.assertIsInstance(loaded.lm_head, Exl3Linear)
 
     def test_renamed_prefixes(self):
         checkpoint = SyntheticCheckpoint(tiny_model("gemma3")[0])
@@ -291,7 +311,41 @@ class Exl3LoadingTest(unittest.TestCase):
             model = AutoModel.from_pretrained(folder, dtype=torch.float32)
             self.assert_close(self.outputs(model, inputs), self.outputs(AutoModel.from_pretrained(dense), inputs))
 
-    @parameterized.expand([(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+    def test_the_dtypes_of_what_is_not_quantized_may_be_mixed(self):
+        """Converters store linear layers in float16 and keep bfloat16 for the rest; the config tells the model's dtype."""
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize_all("layers.0")
+        for name, tensor in checkpoint.tensors.items():
+            if tensor.dtype is torch.float32:
+                checkpoint.tensors[name] = tensor.to(torch.float16 if "proj" in name else torch.bfloat16)
+        checkpoint.config["dtype"] = "bfloat16"
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            for dtype, expected in (("auto", torch.bfloat16), (torch.float32, torch.float32)):
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+                plain = {p.dtype for name, p in model.named_parameters() if name.endswith("weight")}
+                self.assertEqual((model.dtype, plain), (expected, {expected}))
+                self.assertEqual(self.outputs(model, tiny_inputs("llama")).dtype, expected)
+
+    @parameterized.expand([torch.bfloat16, torch.float16, torch.float64])
+    def test_a_plain_model_in_other_dtypes(self, dtype):
+        checkpoint = SyntheticCheckpoint(tiny_model("phi3")[0])
+        sizes = parts("model.layers.0.self_attn", {"q_proj": 128, "k_proj": 64, "v_proj": 64})
+        checkpoint.quantize("model.layers.0.self_attn.qkv_proj", sizes)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            kwargs = {"dtype": dtype, "quantization_config": Exl3Config(dequantize=True)}
+            plain = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+            self.assertEqual({parameter.dtype for parameter in plain.parameters()}, {dtype})
+            weight = plain.model.layers[0].self_attn.qkv_proj.weight.detach()
+            self.assertLess(
+                float((weight.float() - checkpoint.dense["model.layers.0.self_attn.qkv_proj.weight"]).abs().max()),
+                torch.finfo(dtype).eps + 1e-6,  # the largest weights are about 1
+            )
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).dequantize()
+            self.assertTrue(torch.equal(loaded.model.layers[0].self_attn.qkv_proj.weight, weight))
+
+    @parameterized.expand([(torch.bfloat16, 3e-2), (torch.float16, 4e-3), (torch.float64, 1e-6)])
     def test_other_dtypes_keep_the_scales(self, dtype, tolerance):
         checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
         checkpoint.quantize_all()

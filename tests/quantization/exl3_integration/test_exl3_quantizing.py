@@ -21,20 +21,28 @@ import json
 import os
 import tempfile
 import unittest
+import warnings
 from unittest import mock
 
 import torch
 from parameterized import parameterized
 from torch import nn
 
-from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Exl3Config,
+    LagunaConfig,
+    LlamaForCausalLM,
+)
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
 from .synthetic import read_tensors
-from .tiny_models import MODELS, tiny_inputs, tiny_model
+from .tiny_models import MODELS, ONE_LAYER, tiny_inputs, tiny_model
 
 
 # Exl3Linear, Exl3SplitLinear, Exl3Experts, and nn.Linear or Conv1D that are left, of each model quantized by default.
@@ -48,6 +56,8 @@ EXPECTED_MODULES = {
     "gpt2": (4, 0, 0, 1),
     "bert": (6, 0, 0, 1),
     "bert_classifier": (7, 0, 0, 1),
+    "nomic_bert": (7, 0, 0, 0),
+    "dinov2": (7, 0, 0, 0),
     "t5": (14, 0, 0, 3),
     "mixtral": (16, 0, 1, 1),
     "qwen3_moe": (16, 0, 1, 1),
@@ -189,6 +199,8 @@ class Exl3QuantizingTest(unittest.TestCase):
             ("gpt_oss", "model.layers.0.mlp.experts.3.down_proj"),
             ("qwen2_5_vl", "visual.blocks.0.attn.q_proj", "model.layers.0.self_attn.q_proj"),
             ("gemma3", "language_model.model.layers.0.mlp.up_proj"),
+            ("nomic_bert", "encoder.layers.0.self_attn.q_proj"),
+            ("dinov2", "encoder.layer.0.mlp.up_proj"),
         ]
     )
     def test_files_have_the_names_that_converters_use(self, name, *modules):
@@ -200,6 +212,21 @@ class Exl3QuantizingTest(unittest.TestCase):
             self.assertIn(f"{module}.trellis", names)
         fused = [key for key in names if "qkv" in key or ("gate_up" in key and not key.endswith("weight"))]
         self.assertFalse(fused)
+
+    @parameterized.expand([("v_proj", ["self_attn.v_proj"]), ("all_but_one", ["q_proj", "v_proj", "o_proj", "mlp"])])
+    def test_parts_of_what_files_have_fused_are_saved_one_by_one(self, _, skip):
+        """Of a fused projection that this architecture splits on loading, some parts are quantized and some are not."""
+        quantized, _ = self.quantize("nomic_bert", Exl3Config(bits=2, modules_to_not_convert=skip))
+        result = outputs(quantized, "nomic_bert")
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            names = read_tensors(folder)
+            loaded, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+            self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
+            self.assertTrue(torch.equal(outputs(loaded, "nomic_bert"), result))
+        attention = "encoder.layers.0.self_attn"
+        self.assertIn(f"{attention}.v_proj.weight", names)
+        self.assertIn(f"{attention}.k_proj.trellis", names)
 
     @parameterized.expand(format.CODEBOOKS)
     def test_codebooks(self, codebook):
@@ -232,6 +259,20 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertFalse(torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight))
         self.assertLess(error(outputs(plain, "llama_tied"), result), 1e-5)
 
+    def test_a_tied_head_of_a_nested_model_is_untied(self):
+        quantized, model = self.quantize("gemma3", Exl3Config(bits=6, head_bits=8))
+        self.assertTrue(model.config.tie_word_embeddings)
+        self.assertIsInstance(quantized.lm_head, Exl3Linear)
+        result = outputs(quantized, "gemma3")
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+                config = json.load(file)
+            for part in (config, config["text_config"]):
+                self.assertFalse(part["tie_word_embeddings"])
+            loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.assertTrue(torch.equal(outputs(loaded, "gemma3"), result))
+
     def test_an_untied_head_by_its_bits(self):
         quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=6))
         self.assertEqual((quantized.lm_head.bits, quantized.model.layers[0].mlp.up_proj.bits), (6, 2))
@@ -255,6 +296,29 @@ class Exl3QuantizingTest(unittest.TestCase):
             with mock.patch.object(quantized, "push_to_hub", push):
                 quantized.save_pretrained(folder, push_to_hub=True, repo_id="me/model", private=True)
         self.assertEqual(pushed, [("me/model", {"token": None, "private": True})])
+
+    def test_folded_architectures_load_what_was_quantized_here(self):
+        """Converters fold a constant into weights of this architecture, and their checkpoints are refused; ours have none."""
+        sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LagunaConfig(**ONE_LAYER, **sizes, head_dim=32)).eval()
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as quantized:
+            model.save_pretrained(folder)
+            config = Exl3Config(bits=6)
+            result = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+            result.save_pretrained(quantized)
+            loaded = AutoModelForCausalLM.from_pretrained(quantized)
+            self.assertEqual(loaded.config.quantization_config.to_dict()["quantized_by"], "transformers")
+            self.assertTrue(torch.equal(outputs(loaded, "llama"), outputs(result, "llama")))
+            self.assertLess(error(outputs(loaded, "llama"), outputs(model, "llama")), 0.1)
+            path = os.path.join(quantized, "config.json")
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            del content["quantization_config"]["quantized_by"]
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+            with self.assertRaisesRegex(ValueError, "`laguna` are not supported"):
+                AutoModelForCausalLM.from_pretrained(quantized)
 
     def test_names_and_patterns_of_modules_that_stay(self):
         skip = ["down_proj", r"model.layers.0.self_attn", r"layers.*.mlp.up_proj"]
@@ -317,15 +381,22 @@ class Exl3QuantizingTest(unittest.TestCase):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
         self.assertIn("model.layers.0.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
 
-    @parameterized.expand([("nan", float("nan")), ("inf", float("inf"))])
-    def test_weights_that_are_not_finite_are_an_error_that_names_them(self, _, value):
-        folder, model, auto_class = self.source("llama")
-        model.model.layers[0].mlp.up_proj.weight.data[3, 5] = value
+    @parameterized.expand(
+        [
+            ("llama", "model.layers.0.mlp.up_proj.weight", float("nan"), "model.layers.0.mlp.up_proj.weight"),
+            ("gpt2", "transformer.h.0.mlp.c_fc.weight", float("-inf"), "transformer.h.0.mlp.c_fc.weight"),
+            ("phi3", "model.layers.0.mlp.gate_up_proj.weight", float("inf"), "mlp.gate_up_proj.gate_proj.weight"),
+            ("mixtral", "model.layers.0.mlp.experts.down_proj", float("nan"), "mlp.experts.0.w2.weight"),
+        ]
+    )
+    def test_weights_that_are_not_finite_are_an_error_that_names_them(self, name, parameter, value, message):
+        folder, model, auto_class = self.source(name)
+        model.get_parameter(parameter).data.view(-1)[5] = value
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other)
             with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
-        self.assertIn("model.layers.0.mlp.up_proj.weight cannot be quantized", "".join(logs.output))
+        self.assertIn(f"{message} cannot be quantized", "".join(logs.output))
 
     def test_weights_that_the_checkpoint_lacks_are_initialised_and_then_quantized(self):
         folder, model, auto_class = self.source("llama")
@@ -360,6 +431,18 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual(float(layers[1].mlp.up_proj.weight[:, 3].abs().max()), 0)
         self.assertEqual(float(layers[1].mlp.down_proj.weight[7].abs().max()), 0)
         self.assertLess(error(outputs(quantized, "llama"), outputs(model, "llama")), 0.1)
+
+    def test_empty_matrices_stay(self):
+        config = copy.deepcopy(MODELS["llama"][1])
+        config.intermediate_size = 0
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch: initialising nothing
+            model = LlamaForCausalLM(config)
+            model.save_pretrained(folder)
+            quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(bits=8))
+        self.assertIs(type(quantized.model.layers[0].mlp.up_proj), nn.Linear)
+        self.assertEqual(count(quantized)[0], 2 * 4)
+        self.assertLess(error(outputs(quantized, "llama"), outputs(model, "llama")), 0.05)
 
     def test_on_the_fly_with_a_device_map(self):
         folder, _, auto_class = self.source("llama")

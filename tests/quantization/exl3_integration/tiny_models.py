@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    Dinov2Config,
     Gemma3Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -30,6 +31,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     NemotronHConfig,
+    NomicBertConfig,
     Phi3Config,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -85,6 +87,8 @@ def _configs():
     yield "gpt2", AutoModelForCausalLM, GPT2Config(**gpt2)
     yield "bert", AutoModel, BertConfig(**ENCODER)
     yield "bert_classifier", AutoModelForSequenceClassification, BertConfig(**ENCODER)
+    yield "nomic_bert", AutoModel, NomicBertConfig(**ENCODER, head_dim=32)  # its files have fused projections
+    yield "dinov2", AutoModel, Dinov2Config(**VISION, use_swiglu_ffn=True)
     t5 = {"d_model": 128, "d_ff": 100, "d_kv": 32, "num_heads": 4, "num_layers": 1, "vocab_size": VOCAB}
     yield "t5", AutoModelForSeq2SeqLM, T5Config(**t5, decoder_start_token_id=0)
     yield "mixtral", AutoModelForCausalLM, MixtralConfig(**ONE_LAYER, num_local_experts=4)
@@ -123,6 +127,8 @@ def tiny_inputs(name: str) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 90, (3, 7), generator=generator)
     if name == "t5":
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    if name == "dinov2":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     if name not in ("qwen2_5_vl", "gemma3"):
         return {"input_ids": ids}
     ids = torch.tensor([[1, 5, 96, *[IMAGE_TOKEN] * 4, 97, 7]])

@@ -128,9 +128,10 @@ def untie(model, paths):
     weights = {f"{path}.weight" for path in paths}
     tied = model.all_tied_weights_keys
     touched = {target for target, source in tied.items() if {target, source} & weights}
-    if not touched:
+    head = model.get_output_embeddings()
+    if not touched and not any(model.get_submodule(path) is head for path in paths):
         return
-    if set(tied) - touched:
+    if touched and set(tied) - touched:
         raise ValueError(
             f"{', '.join(sorted(weights & {*tied, *tied.values()}))} cannot be quantized: {', '.join(sorted(set(tied) - touched))} "
             f"are tied as well in {type(model).__name__}, and its config has one switch for all of them. Leave `head_bits` unset."

@@ -29,12 +29,12 @@ from ...core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    apply_converters,
     apply_renamings,
     dot_natural_key,
     log_conversion_errors,
 )
 from . import encoder, format, ops
-from .architecture import EXPERT_PARAMETERS
 from .modules import Exl3Linear, Exl3Module
 
 
@@ -118,6 +118,61 @@ class Exl3Converter(WeightConverter):
             return self.operations[0].convert(tensors, full_layer_name=layer_name)
 
 
+class Exl3Stored(WeightConverter):
+    """
+    Does nothing on loading, and on saving keeps quantized tensors, and what would be merged with their weights, from
+    the converters that merge what upstream splits.
+
+    Args:
+        modules (`dict[str, Exl3Module]`): The quantized modules of a model, by path.
+        model (`nn.Module`): The model.
+        weight_conversions (`list[WeightTransform]`): Upstream's transforms for it.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, modules: dict[str, Exl3Module], model: nn.Module, weight_conversions: list[WeightTransform]):
+        super().__init__("exl3 stored", "exl3 stored", [Exl3AsStored()])
+        self.names = {
+            f"{path}.{name}.{leaf}".replace("..", ".")
+            for path, module in modules.items()
+            for name, layer in module.named_modules()
+            for leaf in getattr(layer, "stored", ())
+        }
+        merging = [entry for entry in _reversed_converters(weight_conversions) if len(entry.source_patterns) > 1]
+        merged = {apply_converters(name, merging) for name in _plain_names(modules)}
+        merged = {name for name, pattern in merged if pattern is not None}
+        self.names |= {name for name, _ in model.named_parameters() if apply_converters(name, merging)[0] in merged}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, None
+
+    def was_used(self) -> bool:
+        return True
+
+    def reverse_transform(self) -> Exl3Converter:
+        return Exl3Converter({name: name for name in self.names}, self.operations[0])
+
+
+def _reversed_converters(weight_conversions: list[WeightTransform]) -> list[WeightConverter]:
+    return [entry.reverse_transform() for entry in weight_conversions[::-1] if isinstance(entry, WeightConverter)]
+
+
+def _plain_names(modules: dict[str, Exl3Module]) -> list[str]:
+    """The names of the float parameters that `modules`, given by path, stand for."""
+    return [f"{path}.{name}" for path, m in modules.items() for name, _ in m.plain.named_parameters(recurse=False)]
+
+
+class Exl3AsStored(ConversionOps):
+    """Leaves one tensor under its name, in the dtype that the format has: PEFT casts scales to fp32 for training."""
+
+    def convert(self, input_dict, **kwargs):
+        scales = ("suh", "svh", "signs")
+        return {
+            name: tensor.half() if name.rpartition(".")[2] in scales else tensor for name, tensor in input_dict.items()
+        }
+
+
 class Exl3Unpad(ConversionOps):
     """Cuts the padding off a tensor that the format pads without quantizing it."""
 
@@ -167,14 +222,17 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     }
     unpad = {apply_renamings(name, renamings): name for name in placement.padded}
     converters: list[WeightTransform] = [Exl3Converter(unpad, Exl3Unpad(hf_quantizer))]
+    plain_names = _plain_names(placement.modules)
     for entry in weight_conversions:
-        # Experts come one by one, not through the converters that merge them; what is dequantized leaves through these.
-        targets = {target.rpartition(".")[2] for target in entry.target_patterns}
-        if isinstance(entry, WeightConverter) and EXPERT_PARAMETERS & targets:
+        # Quantized parts come by themselves, not through the converters that merge or split weights; what is dequantized
+        # leaves through these.
+        saving = _reversed_converters([entry])
+        if any(apply_converters(name, saving)[1] for name in plain_names):
             entry._was_used = True
     if not hf_quantizer.quantization_config.dequantize:
         names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items()}
-        return [*converters, *weight_conversions, Exl3Names(names)]
+        stored = Exl3Stored(placement.modules, placement.model, weight_conversions)
+        return [*converters, *weight_conversions, Exl3Names(names), stored]
     targets = {name: _first_plain_parameter(placement, layer) for name, (layer, _) in tensors.items()}
     return [Exl3Converter(targets, Exl3Dequantize(hf_quantizer)), *converters, *weight_conversions]
 
@@ -292,6 +350,7 @@ def finish_modules(model: nn.Module, progress=None):
             if (
                 parameter is not None
                 and parameter.device.type == "cpu"
+                and not hasattr(parameter, "device_mesh")  # a part of a tensor is a copy
                 and parameter.data_ptr() % parameter.element_size()
             ):
                 parameter.data = parameter.data.clone()
@@ -327,6 +386,8 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
     for path, module in outermost.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{path} is offloaded: load the checkpoint with `Exl3Config(dequantize=True)` instead.")
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Exl3Stored)]
     for path, module in outermost.items():
         plain = module.dequantize(dtype)
         if hasattr(module, "_hf_hook"):

@@ -52,6 +52,7 @@ class Exl3Module(nn.Module):
     """
 
     _is_hf_initialized = True  # upstream is not to initialise weights here: there are none
+    _hf_quantized_needs_local_tp = True  # under tensor parallelism the operators take each rank's own tensors
     pending: set[str] = frozenset()  # names of the plain module's parameters that are still to be quantized
     stored: tuple[str, ...] = ()  # names of the parameters that hold what is quantized
 

@@ -25,7 +25,7 @@ from collections import defaultdict
 from torch import nn
 
 from ...conversion_mapping import get_model_conversion_mapping
-from ...core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from ...core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings, rename_source_key
 from . import format
 from .architecture import (
     EXPERT_PARAMETERS,
@@ -94,6 +94,11 @@ class Placement:
         )
         return renamed.rpartition(".")[0], renamed.rpartition(".")[2]
 
+    def _converter_of(self, name: str) -> WeightConverter | None:
+        """What upstream does to the float weight of `name`, such as to permute its rows."""
+        _, pattern = apply_converters(apply_renamings(f"{name}.weight", self._renamings), self._converters)
+        return next((converter for converter in self._converters if pattern in converter.source_patterns), None)
+
     def _in_model(self, path: str) -> str:
         """`path` with the base model's prefix taken away or added where only that is in the model."""
         prefix = self.model.base_model_prefix
@@ -111,6 +116,13 @@ class Placement:
                 composites[Placement._experts, container][int(expert[2]), expert[3]] = name
                 return
         if path in self._paths and is_linear(self._paths[path]):
+            converter = self._converter_of(name)
+            if converter is not None:
+                operations = ", ".join(type(operation).__name__ for operation in converter.operations)
+                self._problems.append(
+                    f"{name} is quantized, and its weight would become that of {path} through {operations}"
+                )
+                return
             self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
             return
         sliced = re.fullmatch(r"(.+)\.slice\.(\d+)", name)

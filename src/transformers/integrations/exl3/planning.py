@@ -98,8 +98,8 @@ class Plan:
             self._untie_head(head)
         if not self.bits:
             raise ValueError(
-                f"There is nothing to quantize in {type(model).__name__}: no linear layer is left by `modules_to_not_convert` "
-                f"({skip}). Load it without `quantization_config`."
+                f"There is nothing to quantize in {type(model).__name__}: no `nn.Linear` or `Conv1D` (no subclass of these) is left "
+                f"by `modules_to_not_convert` ({skip}). Load it without `quantization_config`."
             )
         for path, bits in self.bits.items():
             self.modules[path] = module = self._build(path, bits)

