@@ -90,13 +90,13 @@ def _product(
     total = tl.zeros((_BLOCK, OPERAND_ROWS), tl.float32)
     for block in tl.range(first, end, num_stages=1):
         part = tl.zeros((_BLOCK, OPERAND_ROWS), tl.float32)
-        for half in tl.static_range(2):
-            words = load_words(trellis + half * 4 * in_stride, before, start, last, K2)
-            x = tl.load(x_at + half * 64 + x_offsets, mask=is_row[None, :], other=0.0)
+        for _ in tl.static_range(2):
+            words = load_words(trellis, before, start, last, K2)
+            x = tl.load(x_at + x_offsets, mask=is_row[None, :], other=0.0)
             part = tl.dot(decode_bands(words, K2, CODEBOOK, PTX, 1, _COLUMN_TILES, ORDER), x, part)
+            trellis += 4 * in_stride
+            x_at += 64
         total += part * tl.load(scales + row * blocks + block, mask=is_row, other=0.0)[None, :]
-        trellis += 8 * in_stride
-        x_at += _BLOCK
 
     feature = column * _BLOCK + tl.arange(0, _BLOCK)
     out = columns * _BLOCK
