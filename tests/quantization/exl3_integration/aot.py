@@ -70,6 +70,7 @@ class Launch:
     kernel: JITFunction
     arguments: dict
     warps: int
+    extra: dict  # further options of the compiler
 
 
 def launches(call) -> list[Launch]:
@@ -79,7 +80,14 @@ def launches(call) -> list[Launch]:
     def record(kernel, grid):
         def launch(*arguments, num_warps, **keywords):
             names = [parameter.name for parameter in kernel.params]
-            found.append(Launch(kernel, dict(zip(names, arguments)) | keywords, num_warps))
+            found.append(
+                Launch(
+                    kernel,
+                    dict(zip(names, arguments)) | {name: keywords[name] for name in names if name in keywords},
+                    num_warps,
+                    {name: value for name, value in keywords.items() if name not in names},
+                )
+            )
 
         return launch
 
@@ -138,7 +146,7 @@ def compiled(launch: Launch, arch: str) -> Compiled:
         gpu = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
         gpu = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    kernel = triton.compile(source, target=gpu, options={"num_warps": launch.warps})
+    kernel = triton.compile(source, target=gpu, options={"num_warps": launch.warps, **launch.extra})
     read = _nvidia if arch.startswith("sm_") else _amd
     return Compiled(dict(kernel.asm), *read(kernel.asm), kernel.metadata.shared, launch.warps)
 

@@ -122,11 +122,15 @@ def _product(
 
 @dataclass(frozen=True)
 class Options:
-    """How the product is compiled: operand rows of a program, warps, and the order of rows in `decode_bands`."""
+    """
+    How the product is compiled: operand rows of a program, warps, the order of rows in `decode_bands`, and what else the
+    compiler is told.
+    """
 
     operand_rows: int
     warps: int
     order: str
+    extra: tuple[tuple[str, int], ...] = ()
 
 
 def row_tiles(target: Target) -> dict[int, int]:
@@ -147,8 +151,20 @@ def row_tiles(target: Target) -> dict[int, int]:
     return {16: 8}
 
 
+def register_limit(rows: int, warps: int, codebook: str) -> int | None:
+    """
+    Registers of a thread that NVIDIA's assembler may use for a program of `rows` operand rows. Left alone, it takes fewer for
+    the least programs and spills two, in some releases and for some rates.
+    """
+    if rows > 8:
+        return None
+    if warps == 2:
+        return 255
+    return 80 if codebook == "mul1" else 128
+
+
 @lru_cache
-def choose(operand_rows: int, target: Target) -> Options | None:
+def choose(operand_rows: int, target: Target, codebook: str = "mul1") -> Options | None:
     """How `operand_rows` are multiplied on `target`: options of the product kernel, or None if the weight is decoded first."""
     tiles = row_tiles(target)
     if not tiles or operand_rows > min(MAX_PRODUCT_ROWS, MAX_ROW_TILES * max(tiles)):
@@ -158,7 +174,9 @@ def choose(operand_rows: int, target: Target) -> Options | None:
     is_wide = has_wide_instruction and rows > 8
     # Before Triton 3.8 the older matrix instruction got its operand in fours of rows where they came out of `tl.join`.
     in_fours = target.backend == "cuda" and not is_wide and _triton_version() < (3, 8)
-    return Options(rows, tiles[rows], "fours" if in_fours else "pairs")
+    limit = register_limit(rows, tiles[rows], codebook) if target.backend == "cuda" else None
+    extra = () if limit is None else (("maxnreg", limit),)
+    return Options(rows, tiles[rows], "fours" if in_fours else "pairs", extra)
 
 
 def _triton_version() -> tuple[int, ...]:
@@ -195,7 +213,7 @@ def linear(
         return y
     # What float16 cannot hold of a float32 activation goes into an operand row of its own.
     terms = 2 if x.dtype is torch.float32 else 1
-    options = choose(x.shape[0] * terms, target)
+    options = choose(x.shape[0] * terms, target, codebook)
     if options is None:
         _decode_then_multiply(x, trellis, suh, svh, bias, codebook, y, target)
     else:
@@ -239,6 +257,7 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms):
         TERMS=terms,
         HAS_BIAS=bias is not None,
         num_warps=options.warps,
+        **dict(options.extra),
     )
 
 
