@@ -124,6 +124,62 @@ def linear(
     return y.view(*x.shape[:-1], out_features)
 
 
+def grouped_linear(
+    x: torch.Tensor,
+    bounds: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out_features: int,
+) -> torch.Tensor:
+    """
+    The products of experts with their rows, without asking the device how many these are.
+
+    Args:
+        x (`torch.Tensor`): `[rows, in_features]`, the rows of one expert next to each other.
+        bounds (`torch.Tensor`): int32 `[experts + 1]`: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
+        trellis, suh, svh, bias (`torch.Tensor`): As in `linear`, with the experts as a further dimension before.
+        codebook, out_features: As in `linear`.
+
+    Returns:
+        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`, with zeros in rows that are no expert's.
+
+    Raises:
+        ValueError: As `linear`, for bounds of another dtype or length, and on a GPU that has no matrix instructions for it.
+    """
+    from .triton_linear import grouped_linear as triton_grouped_linear
+    from .triton_target import on, target_of
+
+    _check_dtype("activations", x.dtype)
+    _check_codebook(codebook)
+    _check_devices(x, bounds, trellis, suh, svh, bias)
+    if bounds.dtype is not torch.int32 or bounds.shape != (trellis.shape[0] + 1,):
+        expected = f"int32 [{trellis.shape[0] + 1}]"
+        raise ValueError(
+            f"the bounds of the experts' rows must be {expected}, not {bounds.dtype} {list(bounds.shape)}"
+        )
+    sizes = (trellis.shape[1] * format.TILE, trellis.shape[2] * format.TILE)
+    if (format.padded(x.shape[-1]), suh.shape[-1], svh.shape[-1]) != (sizes[0], *sizes):
+        raise ValueError(
+            f"experts of {sizes} features do not fit an input of {x.shape[-1]} and scales of {suh.shape[-1]} and "
+            f"{svh.shape[-1]}"
+        )
+    with on(x.device):
+        return triton_grouped_linear(
+            x if x.stride(-1) == 1 else x.contiguous(),
+            bounds.contiguous(),
+            trellis,
+            suh,
+            svh,
+            bias,
+            codebook,
+            out_features,
+            target_of(x.device),
+        )
+
+
 def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
     """The same as `format.decode(trellis, codebook).to(dtype)`, to the byte. Raises `ValueError` as `linear` does."""
     from .triton_dequantize import decode as triton_decode

@@ -61,12 +61,20 @@ def rotate(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _scaled(x, suh, rows, row_count, start, x_stride, in_features):
-    """fp32 `x * suh` of 128 features from `start` on, zero beyond the ends."""
+def expert_of_row(bounds, rows, expert_count, EXPERTS: tl.constexpr):
+    """The expert of each of `rows`, `expert_count` where it is none's: `bounds` tells where the rows of each end."""
+    expert = tl.arange(0, EXPERTS)
+    ends = tl.load(bounds + expert + 1, mask=expert < expert_count, other=0x7FFFFFFF)
+    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _scaled(x, suh, rows, is_row, start, x_stride, in_features):
+    """fp32 `x * suh` of 128 features from `start` on, zero beyond the ends; `suh` as a pointer for each row."""
     feature = start + tl.arange(0, _BLOCK)
-    inside = (rows < row_count)[:, None] & (feature < in_features)[None, :]
+    inside = is_row[:, None] & (feature < in_features)[None, :]
     x = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + feature[None, :], mask=inside, other=0.0)
-    return x.to(tl.float32) * tl.load(suh + feature).to(tl.float32)[None, :]
+    return x.to(tl.float32) * tl.load(suh + feature[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -76,27 +84,37 @@ def _rotate_input(
     operand,
     scales,
     counters,
+    bounds,
     row_count,
     in_features,
     features,
     span,
     x_stride,
     counter_count,
+    expert_count,
+    suh_step,
     ROWS: tl.constexpr,
     TERMS: tl.constexpr,
     ORDER: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < row_count
+    if EXPERTS:
+        expert = expert_of_row(bounds, rows, expert_count, EXPERTS)
+        is_row &= expert < expert_count
+        suh_of_rows = suh + (expert.to(tl.int64) * suh_step)[:, None]
+    else:
+        suh_of_rows = suh + (rows * 0)[:, None]
     first = tl.program_id(1) * span
     largest = tl.zeros((ROWS,), tl.float32)
     for start in range(first, first + span, _BLOCK):
-        values = _scaled(x, suh, rows, row_count, start, x_stride, in_features)
+        values = _scaled(x, suh_of_rows, rows, is_row, start, x_stride, in_features)
         largest = tl.maximum(largest, tl.max(tl.abs(values), axis=1))
     exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, _INVERSE - 1)
     scale = ((exponent + _HEADROOM) << 23).to(tl.float32, bitcast=True)
     inverse = ((0 - exponent + _INVERSE) << 23).to(tl.float32, bitcast=True)
     at = rows.to(tl.int64) * TERMS
-    is_row = rows < row_count
     scale_at = scales + at * tl.num_programs(1) + tl.program_id(1)
     tl.store(scale_at, scale, mask=is_row)
     if TERMS == 2:
@@ -112,7 +130,7 @@ def _rotate_input(
     else:
         place = feature
     for start in range(first, first + span, _BLOCK):
-        values = _scaled(x, suh, rows, row_count, start, x_stride, in_features)
+        values = _scaled(x, suh_of_rows, rows, is_row, start, x_stride, in_features)
         values = rotate(values * inverse[:, None], ROWS)
         rounded = values.to(operand.dtype.element_ty)
         target = operand + at[:, None] * features + start + place[None, :]
@@ -188,24 +206,27 @@ def rotate_input(
     terms: int = 1,
     order: str = "natural",
     counters: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Activations to the operands of the product with the inner matrix: `hadamard(pad(x) * suh)` apart from the scales.
 
     Args:
         x (`torch.Tensor`): `[rows, in_features]`, float32, float16 or bfloat16, contiguous in its last dimension.
-        suh (`torch.Tensor`): `[in]`.
+        suh (`torch.Tensor`): `[in]`, or `[experts, in]` contiguous in its last dimension.
         by_block (`bool`): A scale for each block of 128 features, else one for each row.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): Of the operands.
         terms (`int`, *optional*, defaults to 1): Operand rows of each row, which are to be added up: 1 or 2.
         order (`str`, *optional*, defaults to `"natural"`): Of the features within each 64, see `decode_bands`.
         counters (`torch.Tensor`, *optional*): int32, contiguous, set to zero on the way.
+        bounds (`torch.Tensor`, *optional*): int32 `[experts + 1]`, with experts: the rows `bounds[e]` to `bounds[e + 1]` are
+            those of expert `e`. Nothing is computed for rows after the last.
 
     Returns:
         `tuple(torch.Tensor)`: The operands `[rows * terms, in]`, of magnitudes below 1, and what they are to be multiplied
         with, fp32 `[rows * terms, in / 128]` or `[rows * terms, 1]`.
     """
-    rows, features = x.shape[0], suh.shape[0]
+    rows, features = x.shape[0], suh.shape[-1]
     operand = x.new_empty(rows * terms, features, dtype=dtype)
     span = format.BLOCK if by_block else features
     scales = x.new_empty(rows * terms, features // span, dtype=torch.float32)
@@ -216,15 +237,19 @@ def rotate_input(
         operand,
         scales,
         counters if counters is not None else scales,
+        bounds if bounds is not None else scales,
         rows,
         x.shape[1],
         features,
         span,
         x.stride(0),
         0 if counters is None else counters.numel(),
+        0 if bounds is None else bounds.shape[0] - 1,
+        0 if bounds is None else suh.stride(0),
         ROWS=per_program,
         TERMS=terms,
         ORDER=order,
+        EXPERTS=0 if bounds is None else triton.next_power_of_2(bounds.shape[0] - 1),
         num_warps=warps,
     )
     return operand, scales

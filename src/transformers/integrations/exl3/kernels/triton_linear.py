@@ -40,14 +40,31 @@ MAX_PRODUCT_ROWS = 128  # operand rows up to which weights are multiplied where 
 MAX_ROW_TILES = 4  # how often the same weights are decoded for that, at most
 PROGRAMS_PER_PROCESSOR = 6  # that the product is split into: what 80 registers a thread leave room for
 MAX_FINISH_ROWS = 8  # rows that are rotated at a time at the end of the product
+GROUPED_ROWS = 4096  # of all experts that are multiplied at a time: it bounds the memory of partial sums
 DENSE_ELEMENTS = 1 << 25  # of the inner matrix that are decoded at a time for many rows: 64 MiB in float16
 
 _BLOCK = tl.constexpr(format.BLOCK)
 _COLUMN_TILES = tl.constexpr(format.BLOCK // format.TILE)
 
 
+@triton.jit
+def _rows_of_tile(bounds, tile, expert_count, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """The expert that tile number `tile` of up to `ROWS` rows of one expert belongs to, its first row and the end of its rows."""
+    expert = tl.arange(0, EXPERTS)
+    begins = tl.load(bounds + expert, mask=expert < expert_count, other=0)
+    ends = tl.load(bounds + expert + 1, mask=expert < expert_count, other=0)
+    tile_ends = tl.cumsum((ends - begins + ROWS - 1) // ROWS, axis=0)
+    before = tile_ends <= tile
+    mine = tl.sum(before.to(tl.int32), axis=0)
+    is_any = mine < expert_count  # else there are fewer tiles
+    mine = tl.where(is_any, mine, 0)
+    first_tile = tl.max(tl.where(before, tile_ends, 0), axis=0)
+    end = tl.load(bounds + mine + 1)
+    return mine, tl.where(is_any, tl.load(bounds + mine) + (tile - first_tile) * ROWS, end), end
+
+
 @triton.jit(
-    do_not_specialize=["in_stride", "out_stride", "operand_rows", "row_count", "split_blocks"],
+    do_not_specialize=["in_stride", "out_stride", "operand_rows", "row_count", "split_blocks", "expert_count"],
     do_not_specialize_on_alignment=["trellis"],
 )
 def _product(
@@ -59,6 +76,7 @@ def _product(
     svh,
     bias,
     y,
+    bounds,
     operand_rows,
     row_count,
     blocks,
@@ -67,6 +85,10 @@ def _product(
     out_stride,
     y_stride,
     split_blocks,
+    expert_count,
+    trellis_step,
+    svh_step,
+    bias_step,
     K2: tl.constexpr,
     CODEBOOK: tl.constexpr,
     PTX: tl.constexpr,
@@ -75,18 +97,28 @@ def _product(
     FINISH_ROWS: tl.constexpr,
     TERMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     column, split, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns, splits = tl.num_programs(0), tl.num_programs(1)
     first = split * split_blocks
     end = tl.minimum(first + split_blocks, blocks)
 
+    if EXPERTS:
+        expert, begin, row_end = _rows_of_tile(bounds, row_tile, expert_count, EXPERTS, OPERAND_ROWS // TERMS)
+        if begin >= row_end:
+            return
+        trellis += expert.to(tl.int64) * trellis_step
+        svh += expert.to(tl.int64) * svh_step
+        bias += expert.to(tl.int64) * bias_step
+    else:
+        begin, row_end = row_tile * (OPERAND_ROWS // TERMS), row_count
     trellis += first.to(tl.int64) * 8 * in_stride + column.to(tl.int64) * _COLUMN_TILES * out_stride
     before, start, last = word_offsets(in_stride, out_stride, K2, 1, _COLUMN_TILES)
-    row = row_tile * OPERAND_ROWS + tl.arange(0, OPERAND_ROWS)
-    is_row = row < operand_rows
-    x_offsets = row[None, :] * (blocks * _BLOCK) + tl.arange(0, 64)[:, None]
-    x_at = operand + first * _BLOCK
+    row = begin * TERMS + tl.arange(0, OPERAND_ROWS)
+    is_row = row < row_end * TERMS
+    x_offsets = tl.arange(0, OPERAND_ROWS)[None, :] * (blocks * _BLOCK) + tl.arange(0, 64)[:, None]
+    x_at = operand + (begin * TERMS).to(tl.int64) * (blocks * _BLOCK) + first * _BLOCK
     total = tl.zeros((_BLOCK, OPERAND_ROWS), tl.float32)
     for block in tl.range(first, end, num_stages=1):
         part = tl.zeros((_BLOCK, OPERAND_ROWS), tl.float32)
@@ -105,18 +137,18 @@ def _product(
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + row_tile * columns + column, 1, sem="acq_rel")
     if arrived == splits - 1:
-        for begin in range(0, OPERAND_ROWS // TERMS, FINISH_ROWS):
-            rows = row_tile * (OPERAND_ROWS // TERMS) + begin + tl.arange(0, FINISH_ROWS)
+        for part_begin in range(0, OPERAND_ROWS // TERMS, FINISH_ROWS):
+            rows = begin + part_begin + tl.arange(0, FINISH_ROWS)
             source = partial + (rows * TERMS).to(tl.int64)[:, None] * out + feature[None, :]
             inner = tl.zeros((FINISH_ROWS, _BLOCK), tl.float32)
             for _ in range(splits):
                 for term in tl.static_range(TERMS):
                     inner += tl.load(
-                        source + term * out, mask=(rows < row_count)[:, None], other=0.0, cache_modifier=".cg"
+                        source + term * out, mask=(rows < row_end)[:, None], other=0.0, cache_modifier=".cg"
                     )
                 source += operand_rows.to(tl.int64) * out
             finish_output(
-                inner, svh, bias, y, rows, row_count, column * _BLOCK, out_features, y_stride, FINISH_ROWS, HAS_BIAS
+                inner, svh, bias, y, rows, row_end, column * _BLOCK, out_features, y_stride, FINISH_ROWS, HAS_BIAS
             )
 
 
@@ -221,16 +253,65 @@ def linear(
     return y
 
 
-def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms):
-    words = as_words(trellis)
-    rows, blocks, columns = x.shape[0], suh.shape[0] // format.BLOCK, svh.shape[0] // format.BLOCK
-    tiles = triton.cdiv(rows * terms, options.operand_rows)
+def grouped_linear(
+    x: torch.Tensor,
+    bounds: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out_features: int,
+    target: Target,
+) -> torch.Tensor:
+    """
+    The products of the rows of each expert with that expert's weight. Only experts that have rows are decoded, and the host
+    need not know which these are.
+
+    Args:
+        x (`torch.Tensor`): `[rows, in_features]`, the rows of one expert next to each other, as in `linear` otherwise.
+        bounds (`torch.Tensor`): int32 `[experts + 1]` on the device: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
+        trellis (`torch.Tensor`): int16 `[experts, in/16, out/16, 16K]`, of any strides but the last.
+        suh, svh (`torch.Tensor`): `[experts, in]` and `[experts, out]`, contiguous in their last dimension.
+        bias (`torch.Tensor`, *optional*): `[experts, out_features]` or more, contiguous in its last dimension.
+        codebook, out_features, target: As in `linear`.
+
+    Returns:
+        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`; zeros in rows before the first bound and after the last.
+
+    Raises:
+        ValueError: On a GPU without the matrix instructions that the product needs.
+    """
+    tiles = row_tiles(target)
+    if not tiles:
+        raise ValueError(
+            f"the grouped product of EXL3 needs matrix instructions of sm_80 or newer, this is {target.arch}"
+        )
+    y = x.new_zeros(x.shape[0], out_features)
+    terms = 2 if x.dtype is torch.float32 else 1
+    for start in range(0, x.shape[0], GROUPED_ROWS):
+        part = slice(start, start + GROUPED_ROWS)
+        rows = x[part]
+        options = choose(min(triton.cdiv(rows.shape[0], trellis.shape[0]) * terms, max(tiles)), target, codebook)
+        part_bounds = bounds if rows.shape[0] == x.shape[0] else (bounds - start).clamp(0, rows.shape[0])
+        _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_bounds)
+    return y
+
+
+def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, bounds=None):
+    words = as_words(trellis if bounds is None else trellis[0])
+    rows, blocks, columns = x.shape[0], suh.shape[-1] // format.BLOCK, svh.shape[-1] // format.BLOCK
+    experts = 0 if bounds is None else bounds.shape[0] - 1
+    tile_rows = options.operand_rows // terms
+    tiles = triton.cdiv(rows, tile_rows) if bounds is None else min(rows, experts + rows // tile_rows)
     splits = max(1, min(blocks, PROGRAMS_PER_PROCESSOR * target.processors // (columns * tiles)))
     split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     counters = x.new_empty(tiles * columns, dtype=torch.int32)
-    operand, scales = rotate_input(x, suh, by_block=True, terms=terms, order=options.order, counters=counters)
-    partial = x.new_empty(splits, rows * terms, svh.shape[0], dtype=torch.float32)
+    operand, scales = rotate_input(
+        x, suh, by_block=True, terms=terms, order=options.order, counters=counters, bounds=bounds
+    )
+    partial = x.new_empty(splits, rows * terms, svh.shape[-1], dtype=torch.float32)
     _product[(columns, splits, tiles)](
         operand,
         scales,
@@ -240,6 +321,7 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms):
         svh,
         svh if bias is None else bias,
         y,
+        counters if bounds is None else bounds,
         rows * terms,
         rows,
         blocks,
@@ -248,6 +330,10 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms):
         words.stride(1),
         y.stride(0),
         split_blocks,
+        experts,
+        trellis.stride(0) // 2 if experts else 0,  # in words
+        svh.stride(0) if experts else 0,
+        bias.stride(0) if experts and bias is not None else 0,
         K2=words.shape[2] // 4,
         CODEBOOK=codebook,
         PTX=target.ptx,
@@ -256,6 +342,7 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms):
         FINISH_ROWS=finish_rows(rows, options, terms),
         TERMS=terms,
         HAS_BIAS=bias is not None,
+        EXPERTS=triton.next_power_of_2(experts) if experts else 0,
         num_warps=options.warps,
         **dict(options.extra),
     )
