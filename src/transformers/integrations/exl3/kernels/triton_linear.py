@@ -183,16 +183,15 @@ def row_tiles(target: Target) -> dict[int, int]:
     return {16: 8}
 
 
-def register_limit(rows: int, warps: int, codebook: str) -> int | None:
+def register_limit(rows: int, warps: int, codebook: str) -> int:
     """
-    Registers of a thread that NVIDIA's assembler may use for a program of `rows` operand rows. Left alone, it takes fewer for
-    the least programs and spills two, in some releases and for some rates.
+    Registers of a thread that NVIDIA's assembler may use for a program of `rows` operand rows. Left alone, it takes a few less
+    than are needed, for some rates in some releases, and spills two. The default codebook does with fewer than the others.
     """
-    if rows > 8:
-        return None
-    if warps == 2:
+    if warps == 2 or rows > 16:
         return 255
-    return 80 if codebook == "mul1" else 128
+    default, others = (80, 128) if rows == 8 else (128, 168)
+    return default if codebook == "mul1" else others
 
 
 @lru_cache
@@ -206,8 +205,7 @@ def choose(operand_rows: int, target: Target, codebook: str = "mul1") -> Options
     is_wide = has_wide_instruction and rows > 8
     # Before Triton 3.8 the older matrix instruction got its operand in fours of rows where they came out of `tl.join`.
     in_fours = target.backend == "cuda" and not is_wide and _triton_version() < (3, 8)
-    limit = register_limit(rows, tiles[rows], codebook) if target.backend == "cuda" else None
-    extra = () if limit is None else (("maxnreg", limit),)
+    extra = (("maxnreg", register_limit(rows, tiles[rows], codebook)),) if target.backend == "cuda" else ()
     return Options(rows, tiles[rows], "fours" if in_fours else "pairs", extra)
 
 
