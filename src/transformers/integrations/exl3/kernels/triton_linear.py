@@ -183,19 +183,20 @@ def row_tiles(target: Target) -> dict[int, int]:
     return {16: 8}
 
 
-def register_limit(rows: int, warps: int, codebook: str) -> int:
+def register_limit(rows: int, warps: int, codebook: str, has_experts: bool) -> int:
     """
     Registers of a thread that NVIDIA's assembler may use for a program of `rows` operand rows. Left alone, it takes a few less
-    than are needed, for some rates in some releases, and spills two. The default codebook does with fewer than the others.
+    than are needed, for some rates in some releases, and spills two. Other codebooks than the default and the search for an expert need more.
     """
     if warps == 2 or rows > 16:
         return 255
-    default, others = (80, 128) if rows == 8 else (128, 168)
-    return default if codebook == "mul1" else others
+    if rows == 16 or has_experts:
+        return 128 if codebook == "mul1" and not has_experts else 168
+    return 80 if codebook == "mul1" else 128
 
 
 @lru_cache
-def choose(operand_rows: int, target: Target, codebook: str = "mul1") -> Options | None:
+def choose(operand_rows: int, target: Target, codebook: str = "mul1", has_experts: bool = False) -> Options | None:
     """How `operand_rows` are multiplied on `target`: options of the product kernel, or None if the weight is decoded first."""
     tiles = row_tiles(target)
     if not tiles or operand_rows > min(MAX_PRODUCT_ROWS, MAX_ROW_TILES * max(tiles)):
@@ -205,7 +206,8 @@ def choose(operand_rows: int, target: Target, codebook: str = "mul1") -> Options
     is_wide = has_wide_instruction and rows > 8
     # Before Triton 3.8 the older matrix instruction got its operand in fours of rows where they came out of `tl.join`.
     in_fours = target.backend == "cuda" and not is_wide and _triton_version() < (3, 8)
-    extra = (("maxnreg", register_limit(rows, tiles[rows], codebook)),) if target.backend == "cuda" else ()
+    limit = register_limit(rows, tiles[rows], codebook, has_experts)
+    extra = (("maxnreg", limit),) if target.backend == "cuda" else ()
     return Options(rows, tiles[rows], "fours" if in_fours else "pairs", extra)
 
 
@@ -290,7 +292,7 @@ def grouped_linear(
     for start in range(0, x.shape[0], GROUPED_ROWS):
         part = slice(start, start + GROUPED_ROWS)
         rows = x[part]
-        options = choose(min(triton.cdiv(rows.shape[0], trellis.shape[0]) * terms, max(tiles)), target, codebook)
+        options = choose(min(triton.cdiv(rows.shape[0], trellis.shape[0]) * terms, max(tiles)), target, codebook, True)
         part_bounds = bounds if rows.shape[0] == x.shape[0] else (bounds - start).clamp(0, rows.shape[0])
         _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_bounds)
     return y
