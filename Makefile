@@ -32,7 +32,7 @@ $(VENV)/.tools: $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml setup.py setup.edit.py $(VENV)/.tools
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e . "setuptools>=77" accelerate parameterized peft pytest
+	$(BIN)/pip install -q -e . "setuptools>=77" accelerate parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed

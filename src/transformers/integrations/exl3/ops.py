@@ -30,7 +30,7 @@ import torch
 
 from . import encoder, format
 from .hadamard import hadamard
-from .kernels import cpu
+from .kernels import cpu, gpu
 
 
 # Elements of `inner` that are decoded at a time: 32 MiB in fp32, enough columns for an efficient matrix product.
@@ -38,7 +38,9 @@ STRIP_ELEMENTS = 1 << 23
 
 
 def _decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
-    """The inner matrix `[in, out]` of `trellis`, in `dtype`: by the compiled kernel where it can, else by the reference."""
+    """The inner matrix `[in, out]` of `trellis`, in `dtype`: by a compiled kernel where there is one, else by the reference."""
+    if gpu.is_available(trellis.device):
+        return gpu.decode(trellis, codebook, dtype)
     if trellis.device.type == "cpu" and dtype is torch.float32 and cpu.is_available():
         return cpu.decode(trellis, codebook)
     return format.decode(trellis, codebook).to(dtype)
@@ -98,6 +100,8 @@ def linear(
         `ValueError`: Where the sizes do not fit each other.
     """
     _check_linear(x, suh.shape[0], trellis, suh, svh)
+    if gpu.is_available(x.device):
+        return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
     rotated = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]).float(), (0, suh.shape[0] - x.shape[-1]))
     rotated = hadamard(rotated * suh.float()).to(_compute_dtype(x))
     y = rotated.new_empty(rotated.shape[0], svh.shape[0], dtype=torch.float32)
@@ -178,6 +182,9 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
     weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
     for strip in _strips(trellis):
         columns = _to_columns(strip)
+        if gpu.is_available(trellis.device):
+            gpu.dequantize(trellis[:, strip], suh, svh[columns], codebook, weight[columns])
+            continue
         inner = _decode(trellis[:, strip], codebook, torch.float32)
         weight[columns] = hadamard(hadamard(inner).T) * suh.float() * svh[columns, None].float()
     return weight

@@ -1,0 +1,221 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The door to the Triton kernels of `triton_*.py`, for NVIDIA's, AMD's and Intel's GPUs.
+
+Where Triton is missing or does not work, `is_available()` says so once and everything runs on the torch reference. Before
+the kernels are used on a device, a small product is computed there and compared with the reference. What is passed to the
+kernels is checked here.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from ....utils import logging
+from .. import format
+from ..hadamard import hadamard
+
+
+logger = logging.get_logger(__name__)
+
+DEVICE_TYPES = ("cuda", "xpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernels work on `device`. Warns the first time when they should and do not."""
+    if device.type not in DEVICE_TYPES:
+        return False
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _imports()  # no time to compare results: that needs a copy to the host
+    return _works(device)
+
+
+@lru_cache
+def _warn(reason: str):
+    logger.warning(f"EXL3 runs on the torch reference, which is much slower on a GPU: {reason}")
+
+
+@lru_cache
+def _imports() -> bool:
+    try:
+        from . import triton_linear  # noqa: F401
+    except ImportError as error:
+        _warn(
+            f"Triton cannot be imported ({error}). Install the one that belongs to this PyTorch (`pip install triton`)."
+        )
+        return False
+    return True
+
+
+@lru_cache
+def _works(device: torch.device) -> bool:
+    if not _imports():
+        return False
+    try:
+        check(device)
+    except Exception as error:
+        _warn(f"Triton does not work here. {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def check(device: torch.device):
+    """Raise `RuntimeError`, or whatever Triton raises, unless the kernels compute what the reference does on `device`."""
+    generator = torch.Generator().manual_seed(0)
+    trellis = torch.randint(-(1 << 15), 1 << 15, (32, 8, 64), generator=generator).to(torch.int16)
+    x = torch.randn(1, 512, generator=generator)
+    inner, ones = format.decode(trellis, "mul1"), torch.ones(512)
+    if not torch.equal(decode(trellis.to(device), "mul1", torch.float16).cpu(), inner):
+        raise RuntimeError(f"the Triton kernels of EXL3 decode wrongly on {device}")
+    expected = hadamard(hadamard(x) @ inner.float())
+    y = linear(x.to(device), trellis.to(device), ones.to(device), ones[:128].to(device), None, "mul1", 128)
+    if not torch.allclose(y.cpu(), expected, rtol=0, atol=1e-4 * expected.abs().max().item()):
+        raise RuntimeError(f"the Triton kernels of EXL3 multiply wrongly on {device}")
+
+
+def linear(
+    x: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out_features: int,
+) -> torch.Tensor:
+    """
+    The operator `exl3::linear`, on sizes that fit each other.
+
+    Raises:
+        ValueError: For activations of another dtype than float32, float16 and bfloat16, for tensors on different devices,
+            and for an unknown codebook.
+    """
+    from .triton_linear import linear as triton_linear
+    from .triton_target import on, target_of
+
+    _check_dtype("activations", x.dtype)
+    _check_codebook(codebook)
+    _check_devices(x, trellis, suh, svh, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    with on(x.device):
+        y = triton_linear(
+            rows,
+            trellis,
+            suh.contiguous(),
+            svh.contiguous(),
+            None if bias is None else bias.contiguous(),
+            codebook,
+            out_features,
+            target_of(x.device),
+        )
+    return y.view(*x.shape[:-1], out_features)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    bounds: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out_features: int,
+) -> torch.Tensor:
+    """
+    The products of experts with their rows, without asking the device how many these are.
+
+    Args:
+        x (`torch.Tensor`): `[rows, in_features]`, the rows of one expert next to each other.
+        bounds (`torch.Tensor`): int32 `[experts + 1]`: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
+        trellis, suh, svh, bias (`torch.Tensor`): As in `linear`, with the experts as a further dimension before.
+        codebook, out_features: As in `linear`.
+
+    Returns:
+        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`, with zeros in rows that are no expert's.
+
+    Raises:
+        ValueError: As `linear`, for bounds of another dtype or length, and on a GPU that has no matrix instructions for it.
+    """
+    from .triton_linear import grouped_linear as triton_grouped_linear
+    from .triton_target import on, target_of
+
+    _check_dtype("activations", x.dtype)
+    _check_codebook(codebook)
+    _check_devices(x, bounds, trellis, suh, svh, bias)
+    if bounds.dtype is not torch.int32 or bounds.shape != (trellis.shape[0] + 1,):
+        expected = f"int32 [{trellis.shape[0] + 1}]"
+        raise ValueError(
+            f"the bounds of the experts' rows must be {expected}, not {bounds.dtype} {list(bounds.shape)}"
+        )
+    sizes = (trellis.shape[1] * format.TILE, trellis.shape[2] * format.TILE)
+    if (format.padded(x.shape[-1]), suh.shape[-1], svh.shape[-1]) != (sizes[0], *sizes):
+        raise ValueError(
+            f"experts of {sizes} features do not fit an input of {x.shape[-1]} and scales of {suh.shape[-1]} and "
+            f"{svh.shape[-1]}"
+        )
+    with on(x.device):
+        return triton_grouped_linear(
+            x if x.stride(-1) == 1 else x.contiguous(),
+            bounds.contiguous(),
+            trellis,
+            suh,
+            svh,
+            bias,
+            codebook,
+            out_features,
+            target_of(x.device),
+        )
+
+
+def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
+    """The same as `format.decode(trellis, codebook).to(dtype)`, to the byte. Raises `ValueError` as `linear` does."""
+    from .triton_dequantize import decode as triton_decode
+    from .triton_target import on, target_of
+
+    _check_dtype("an inner matrix", dtype)
+    _check_codebook(codebook)
+    with on(trellis.device):
+        return triton_decode(trellis, codebook, dtype, target_of(trellis.device).ptx)
+
+
+def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str, weight: torch.Tensor):
+    """The operator `exl3::dequantize`, into `weight`, fp32 `[out, in]`. Raises `ValueError` as `linear` does."""
+    from .triton_dequantize import dequantize as triton_dequantize
+    from .triton_target import on, target_of
+
+    _check_codebook(codebook)
+    _check_devices(weight, trellis, suh, svh)
+    with on(trellis.device):
+        triton_dequantize(trellis, suh.contiguous(), svh.contiguous(), codebook, weight, target_of(trellis.device).ptx)
+
+
+def _check_dtype(what, dtype):
+    if dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"EXL3 on a GPU: {what} must be {names}, not {str(dtype).removeprefix('torch.')}")
+
+
+def _check_codebook(codebook):
+    if codebook not in format.CODEBOOKS:
+        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
+
+
+def _check_devices(*tensors):
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the tensors of an EXL3 layer and its input are on different devices: {', '.join(sorted(devices))}"
+        )

@@ -1,0 +1,248 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Speed of the kernels for GPUs against a float linear layer in bfloat16, and against exllamav3 where it is installed.
+
+    python tests/quantization/exl3_integration/benches/bench_triton.py [--no-model]
+    TRITON_INTERPRET=1 python tests/quantization/exl3_integration/benches/bench_triton.py --tiny   # shows that it runs
+    python tests/quantization/exl3_integration/benches/bench_triton.py --static sm_90   # from compiled code, without a GPU
+
+All figures are ratios of medians taken in turns in one run. Products are replayed from a CUDA graph that goes through copies
+of the layer, more of them than the cache holds.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.exl3 import format
+from transformers.integrations.exl3.kernels import gpu
+from transformers.integrations.exl3.modules import Exl3Linear
+
+
+ROUNDS = 9
+CACHE_BYTES = 256 << 20  # more than any GPU's last cache
+LANE_INSTRUCTIONS = 3.35e13  # a second on an H200: 132 processors of 128 lanes at 1.98 GHz
+
+
+class Timer:
+    """Seconds of a call on the device: from events around the replay of a graph on CUDA, else by the clock."""
+
+    def __init__(self, device):
+        self.module = torch.get_device_module(device) if device.type != "cpu" else None
+        self.has_graphs = device.type == "cuda"
+
+    def prepare(self, call):
+        """`call`, warmed up and captured, as something to be timed."""
+        call()
+        self.wait()
+        if not self.has_graphs:
+            return call
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def wait(self):
+        if self.module:
+            self.module.synchronize()
+
+    def compare(self, *calls):
+        """Median seconds of each call, run in turns."""
+        prepared = [self.prepare(call) for call in calls]
+        times = [[] for _ in calls]
+        for _ in range(ROUNDS if self.module else 1):
+            for call, seconds in zip(prepared, times):
+                self.wait()
+                start = time.perf_counter()
+                call()
+                self.wait()
+                seconds.append(time.perf_counter() - start)
+        return [statistics.median(seconds) for seconds in times]
+
+
+def quantized_layer(in_features, out_features, bits, device):
+    """A layer of random codes."""
+    shape = (in_features // format.TILE, out_features // format.TILE, int(bits * format.TILE))
+    tensors = {
+        "trellis": torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device),
+        "suh": torch.rand(in_features, device=device).half() * 0.02,
+        "svh": torch.ones(out_features, device=device).half(),
+        "mul1": format.marker("mul1").to(device),
+    }
+    return Exl3Linear(in_features, out_features, tensors)
+
+
+def exllamav3_layer(layer):
+    """The same layer of exllamav3's, None where that is not installed."""
+    try:
+        from exllamav3.modules.quant.exl3 import LinearEXL3
+    except ImportError:
+        return None
+    return LinearEXL3(
+        None,
+        layer.in_features,
+        layer.out_features,
+        suh=layer.suh.data,
+        svh=layer.svh.data,
+        trellis=layer.trellis.data,
+        mul1=layer.mul1.data,
+        out_dtype=torch.float16,
+    )
+
+
+def through(layers, x):
+    """A call that runs all `layers` on `x`."""
+    return lambda: [layer(x) for layer in layers]
+
+
+@torch.no_grad()
+def product_row(timer, device, rows, size, bits):
+    """A line of the table: speed over bfloat16, and over exllamav3."""
+    in_features, out_features = size
+    copies = 1 if device.type == "cpu" else 1 + CACHE_BYTES // (in_features * out_features * bits // 8)
+    ours = [quantized_layer(in_features, out_features, bits, device) for _ in range(copies)]
+    plain = [
+        torch.nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16, device=device)
+        for _ in range(min(copies, 1 + CACHE_BYTES // (2 * in_features * out_features)))
+    ]
+    x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=device)
+    calls = [through(ours, x), through(plain, x)]
+    others = [exllamav3_layer(layer) for layer in ours] if device.type == "cuda" else [None]
+    if others[0]:
+        half = x.half()
+        calls.append(lambda: [other.forward(half, {}) for other in others])
+    seconds = timer.compare(*calls)
+    each = [total / len(layers) for total, layers in zip(seconds, (ours, plain, others))]
+    over_other = f"{each[2] / each[0]:.2f}" if others[0] else "-"
+    name = f"{rows} x {in_features}x{out_features}, K={bits}"
+    print(f"| {name} | {each[0] * 1e6:.1f} | {each[1] / each[0]:.2f} | {over_other} |", flush=True)
+
+
+def product_table(device, sizes, row_counts, rates):
+    print("| rows x in x out | us | speed over bfloat16 Linear | over exllamav3 |\n|---|---|---|---|")
+    timer = Timer(device)
+    for rows, size in itertools.product(row_counts, sizes):
+        for bits in rates if rows == 1 else (4,):
+            product_row(timer, device, rows, size, bits)
+
+
+@torch.no_grad()
+def tokens_a_second(model, tokens):
+    """Of generating greedily with a static cache and compiled, after one run to warm up."""
+    prompt = torch.ones(1, 16, dtype=torch.long, device=model.device)
+    options = {
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
+    model.generate(prompt, **options)
+    torch.get_device_module(model.device).synchronize()
+    start = time.perf_counter()
+    model.generate(prompt, **options)
+    torch.get_device_module(model.device).synchronize()
+    return tokens / (time.perf_counter() - start)
+
+
+def model_line(device, bits, tokens):
+    """A Llama of the size of an 8B one, random, before and after its linear layers are quantized to random codes."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype=torch.bfloat16,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with device:
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    before = tokens_a_second(model, tokens)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            layer = quantized_layer(module.in_features, module.out_features, bits, device)
+            model.model.set_submodule(name, layer)
+    torch.compiler.reset()
+    after = tokens_a_second(model, tokens)
+    print(
+        f"\nLlama 8B, K={bits}: {before:.1f} tokens/s in bfloat16, {after:.1f} quantized: {after / before:.2f} times"
+    )
+
+
+def static_table(arch):
+    """What compiled code tells: instructions a weight, registers, and how many weights a second an H200 could decode."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from exl3_integration import aot
+
+    from transformers.integrations.exl3.kernels import triton_linear
+
+    def empty(*shape, dtype=torch.float16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def launches(rows, bits, codebook):
+        trellis = empty(256, 896, int(16 * bits), dtype=torch.int16)
+        x, y = empty(rows, 4096, dtype=torch.bfloat16), 14336
+        arguments = (x, trellis, empty(4096), empty(y), None, codebook, y, aot.target(arch))
+        return aot.launches(lambda: triton_linear.linear(*arguments))
+
+    print("| rows | K | codebook | instructions a weight | registers | 1e12 weights/s at most | the most frequent |")
+    print("|---|---|---|---|---|---|---|")
+    cases = [(1, bits, "mul1") for bits in format.BITS] + [(1, 4, "mcg"), (1, 4, "3inst")]
+    for rows, bits, codebook in cases + [(rows, 4, "mul1") for rows in (16, 32, 64)]:
+        kernel = aot.compiled(launches(rows, bits, codebook)[-1], arch)
+        loop = kernel.loop()
+        each = loop.total() * 32 * kernel.warps / format.BLOCK**2
+        classes = ", ".join(
+            f"{name} {count * 32 * kernel.warps / format.BLOCK**2:.2f}" for name, count in loop.most_common(7)
+        )
+        ceiling = LANE_INSTRUCTIONS / each / 1e12
+        print(f"| {rows} | {bits:g} | {codebook} | {each:.2f} | {kernel.registers} | {ceiling:.1f} | {classes} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter")
+    parser.add_argument("--no-model", action="store_true", help="products only")
+    parser.add_argument("--static", metavar="ARCH", help="figures of the code compiled for this architecture")
+    arguments = parser.parse_args()
+    if arguments.static:
+        static_table(arguments.static)
+        return
+    if arguments.tiny:
+        with mock.patch.object(gpu, "is_available", lambda device: True):
+            product_table(torch.device("cpu"), [(256, 128), (128, 384)], (1, 16, 130), (2, 3, 4))
+        print("\nThese times are the interpreter's and mean nothing.")
+        return
+    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    if not gpu.is_available(device):
+        sys.exit("The kernels need a GPU that Triton works on; --tiny and --static do not.")
+    name = torch.get_device_module(device).get_device_name(device)
+    print(f"{name}, torch {torch.__version__}, {torch.version.cuda or torch.version.hip or torch.version.xpu}\n")
+    product_table(device, [(4096, 14336), (8192, 28672)], (1, 16, 2048), (2, 3, 4))
+    if not arguments.no_model:
+        model_line(device, 4, 256)
+
+
+if __name__ == "__main__":
+    main()

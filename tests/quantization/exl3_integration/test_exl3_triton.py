@@ -1,0 +1,278 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The Triton kernels, run by Triton's interpreter on the CPU and compared with the reference. That needs a process of its own,
+since the interpreter is chosen when Triton is imported.
+
+The interpreter cuts float32 off where it converts to bfloat16, GPUs round: what it computes in bfloat16 is allowed twice the error.
+"""
+
+import os
+import subprocess
+import sys
+import unittest
+from unittest import mock
+
+import torch
+from parameterized import parameterized
+
+from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.kernels import gpu
+
+from .triton_cases import (
+    INTERPRETED,
+    TOLERANCE,
+    Layer,
+    all_codes,
+    random_trellis,
+    relative_error,
+    require_interpreter,
+    require_triton,
+    triton,
+)
+
+
+if triton:
+    from transformers.integrations.exl3.kernels import triton_codes, triton_hadamard, triton_linear
+    from transformers.integrations.exl3.kernels.triton_linear import Options
+
+
+@require_triton
+class Exl3TritonProcessTest(unittest.TestCase):
+    @unittest.skipIf(INTERPRETED, "this is that process")
+    def test_kernels_under_the_interpreter(self):
+        """Runs `Exl3TritonInterpreterTest` in a process where Triton interprets."""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "InterpreterTest"]
+        run = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        )
+        self.assertEqual(run.returncode, 0, run.stdout[-8000:] + run.stderr[-4000:])
+        self.assertRegex(run.stdout, r"\d\d passed")
+        self.assertNotIn("skipped", run.stdout)
+
+
+@require_interpreter
+class Exl3TritonInterpreterTest(unittest.TestCase):
+    @parameterized.expand(all_codes())
+    def test_decode_is_the_reference_to_the_byte(self, bits, codebook):
+        trellis = random_trellis(8, 16, bits)
+        expected = format.decode(trellis, codebook)
+        self.assertTrue(torch.equal(gpu.decode(trellis, codebook, torch.float16), expected))
+        # Tiles in the other order in memory, as a slice of more columns
+        stored = trellis.transpose(0, 1).contiguous().transpose(0, 1)
+        self.assertFalse(stored.is_contiguous())
+        found = gpu.decode(stored[:, 8:], codebook, torch.float32)
+        self.assertTrue(torch.equal(found, expected[:, 128:].float()))
+
+    @parameterized.expand(all_codes())
+    def test_product_of_one_row(self, bits, codebook):
+        layer = Layer(256, 128, bits, codebook)
+        x = layer.inputs(1)
+        self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[torch.float32])
+
+    @parameterized.expand(
+        [(rows, dtype) for rows in (1, 2, 7, 8, 9, 17, 33) for dtype in TOLERANCE] + [(130, torch.bfloat16)],
+        name_func=lambda f, _, p: f"{f.__name__}_{p[0][0]}_{str(p[0][1])[6:]}",
+    )
+    def test_product_of_rows_with_padding(self, rows, dtype):
+        layer = Layer(200, 100, 3, bias=True)
+        x = layer.inputs(rows, dtype)
+        y = layer.linear(x)
+        self.assertEqual((y.shape, y.dtype), ((rows, 100), dtype))
+        self.assertLess(relative_error(y, layer.exact(x)), TOLERANCE[dtype])
+
+    @parameterized.expand([(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)])
+    def test_product_after_decoding_in_strips(self, dtype, tolerance):
+        layer = Layer(200, 300, 3.5, "mcg", bias=True)
+        x = layer.inputs(6, dtype)
+        with (
+            mock.patch.object(triton_linear, "choose", lambda *_: None),
+            mock.patch.object(triton_linear, "DENSE_ELEMENTS", 256 * 128),
+        ):
+            y = layer.linear(x)
+        self.assertLess(relative_error(y, layer.exact(x)), tolerance)
+
+    @parameterized.expand(
+        [
+            (rows, order, dtype)
+            for rows in (8, 16, 32, 64)
+            for order, dtype in (("pairs", torch.float16), ("fours", torch.float32), ("natural", torch.bfloat16))
+        ],
+        name_func=lambda f, _, p: f"{f.__name__}_{p[0][0]}_{p[0][1]}",
+    )
+    def test_every_way_to_compile_the_product(self, operand_rows, order, dtype):
+        layer = Layer(256, 128, 2.5, bias=True)
+        for rows in (1, operand_rows + 1):
+            x = layer.inputs(rows, dtype)
+            with mock.patch.object(triton_linear, "choose", lambda *_: Options(operand_rows, 4, order)):
+                self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[dtype])
+
+    @parameterized.expand([(1,), (2,), (3,), (5,), (64,)])
+    def test_any_split_of_the_input(self, programs):
+        layer = Layer(640, 256, 4)
+        x = layer.inputs(3)
+        with mock.patch.object(triton_linear, "PROGRAMS_PER_PROCESSOR", programs):
+            self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[torch.float32])
+
+    def test_tiles_in_either_order_in_memory_give_the_same_product(self):
+        layer = Layer(256, 256, 3)
+        x = layer.inputs(2)
+        expected = layer.linear(x)
+        layer.trellis = layer.trellis.transpose(0, 1).contiguous().transpose(0, 1)
+        self.assertTrue(torch.equal(layer.linear(x), expected))
+
+    @parameterized.expand([(1e30,), (1e-30,)])
+    def test_activations_beyond_float16(self, factor):
+        layer = Layer(256, 128, 4)
+        for rows in (1, 130):
+            x = layer.inputs(rows, torch.bfloat16) * factor
+            self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[torch.bfloat16])
+            self.assertTrue((layer.linear(x * 0) == 0).all())
+
+    def test_blocks_of_unlike_magnitude(self):
+        layer = Layer(512, 128, 4)
+        x = layer.inputs(1)
+        x[:, 128:] *= 1e-20
+        self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[torch.float32])
+        x[:, :128] = 0
+        self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[torch.float32])
+
+    def test_what_is_not_finite_stays_in_its_row(self):
+        layer = Layer(256, 128, 4)
+        for rows in (3, 130):
+            x = layer.inputs(rows, torch.float16)
+            expected = layer.linear(x)
+            x[1, 5], x[2, 200] = float("nan"), float("inf")
+            y = layer.linear(x)
+            self.assertTrue(y[1:3].isnan().all())
+            self.assertTrue(torch.equal(y[0], expected[0]) and torch.equal(y[3:], expected[3:]))
+
+    @parameterized.expand([("natural",), ("pairs",), ("fours",)])
+    def test_operands_stand_for_the_rotated_activations(self, order):
+        rows = torch.tensor([triton_codes.band_row.fn(position, order) for position in range(64)])
+        x, suh = Layer(256, 128).inputs(3), torch.rand(256) + 0.5
+        exact = hadamard(x.double() * suh.double()).unflatten(1, (-1, 64))[..., rows].flatten(1)
+        for by_block in (True, False):
+            operand, scales = triton_hadamard.rotate_input(x, suh, by_block=by_block, terms=2, order=order)
+            self.assertLess(operand.abs().max().item(), 1)
+            values = operand.double() * scales.double().repeat_interleave(256 // scales.shape[1], 1)
+            self.assertLess(relative_error(values[::2], exact), 1e-3)
+            self.assertLess(relative_error(values[::2] + values[1::2], exact), 1e-6)
+
+    def test_rotation_of_outputs(self):
+        inner, svh, bias = torch.randn(5, 256), torch.randn(256).half(), torch.randn(200).half()
+        scales = torch.rand(5) + 1
+        exact = hadamard(inner.double() * scales.double()[:, None]) * svh.double()
+        y = torch.full((5, 300), 7.0)
+        triton_hadamard.rotate_output(inner, svh, y[:, 50:250], scales=scales, bias=bias)
+        self.assertLess(relative_error(y[:, 50:250], exact[:, :200] + bias.double()), 1e-6)
+        self.assertTrue((y[:, :50] == 7).all() and (y[:, 250:] == 7).all())
+        y = torch.empty(5, 256)
+        triton_hadamard.rotate_output(inner.T.contiguous().T, svh, y)
+        self.assertTrue(torch.equal(y, hadamard(inner) * svh.float()))
+
+    @parameterized.expand(
+        [
+            ("one_row_each", torch.bfloat16, [1, 0, 1, 1, 0]),
+            ("all_of_one", torch.float16, [0, 0, 0, 9, 0]),
+            ("uneven", torch.float32, [3, 17, 0, 1, 40]),
+            ("in_parts", torch.float16, [5, 0, 30, 2, 7]),
+            ("none", torch.float32, [0, 0, 0, 0, 0]),
+        ]
+    )
+    def test_experts(self, name, dtype, counts):
+        layers = [Layer(200, 100, 2.5, bias=True, seed=seed) for seed in range(len(counts))]
+        stacks = [
+            torch.stack([getattr(layer, leaf) for layer in layers]) for leaf in ("trellis", "suh", "svh", "bias")
+        ]
+        bounds = torch.tensor([0, *counts]).cumsum(0)
+        x = layers[0].inputs(int(bounds[-1]) + 2, dtype)  # two rows are no expert's
+        with mock.patch.object(triton_linear, "GROUPED_ROWS", 16 if name == "in_parts" else 4096):
+            y = gpu.grouped_linear(x, bounds.int(), *stacks, "mul1", 100)
+        for layer, begin, end in zip(layers, bounds, bounds[1:]):
+            if begin < end:
+                self.assertLess(relative_error(y[begin:end], layer.exact(x[begin:end])), TOLERANCE[dtype])
+        self.assertEqual((y.shape, y.dtype), (x.shape[:1] + (100,), dtype))
+        self.assertTrue((y[bounds[-1] :] == 0).all())
+
+    def test_bad_experts_are_refused(self):
+        layer = Layer(256, 128)
+        stacks = [tensor[None].expand(3, *tensor.shape) for tensor in (layer.trellis, layer.suh, layer.svh)]
+        x, bounds = layer.inputs(3), torch.arange(4, dtype=torch.int32)
+        with self.assertRaisesRegex(ValueError, r"must be int32 \[4\], not torch.int64 \[4\]"):
+            gpu.grouped_linear(x, bounds.long(), *stacks, None, "mul1", 128)
+        with self.assertRaisesRegex(ValueError, r"must be int32 \[4\], not torch.int32 \[3\]"):
+            gpu.grouped_linear(x, bounds[:3], *stacks, None, "mul1", 128)
+        with self.assertRaisesRegex(ValueError, "do not fit an input of 100"):
+            gpu.grouped_linear(x[:, :100], bounds, *stacks, None, "mul1", 128)
+
+    def test_operators(self):
+        """`exl3::linear` with its gradients and `exl3::dequantize`, on the kernels."""
+        layer = Layer(200, 100, 3, bias=True)
+        layer.bias.requires_grad_(True)
+        x = layer.inputs(3).requires_grad_(True)
+        arguments = (layer.trellis, layer.suh, layer.svh)
+
+        def run():
+            y = ops.linear(x, *arguments, layer.bias, "mul1", 100)
+            return [y, *torch.autograd.grad(y.square().sum(), (x, layer.bias)), ops.dequantize(*arguments, "mul1")]
+
+        expected = run()
+        with (
+            mock.patch.object(gpu, "is_available", lambda device: True),
+            mock.patch.object(ops, "STRIP_ELEMENTS", 1),
+            mock.patch.object(format, "decode", side_effect=AssertionError("the reference was used")),
+        ):
+            found = run()
+        for ours, reference in zip(found, expected):
+            self.assertLess(relative_error(ours, reference.double()), 1e-6)
+
+    def test_no_rows_and_more_dimensions(self):
+        layer = Layer(200, 100, 3)
+        self.assertEqual(layer.linear(layer.inputs(0)).shape, (0, 100))
+        x = layer.inputs(6)
+        self.assertTrue(torch.equal(layer.linear(x.view(2, 3, 200)), layer.linear(x).view(2, 3, 100)))
+        strided = x.T.contiguous().T
+        self.assertTrue(torch.equal(layer.linear(strided), layer.linear(x)))
+
+    def test_the_check_before_the_first_use(self):
+        gpu.check(torch.device("cpu"))
+        for name, message in (("decode", "decode wrongly"), ("linear", "multiply wrongly")):
+            kernel = getattr(gpu, name)
+            with mock.patch.object(gpu, name, lambda *args, kernel=kernel: kernel(*args) + 1):
+                with self.assertRaisesRegex(RuntimeError, message):
+                    gpu.check(torch.device("cpu"))
+
+    def test_bad_input_is_refused(self):
+        layer = Layer(256, 128, 4)
+        with self.assertRaisesRegex(ValueError, "must be float32, float16, bfloat16, not float64"):
+            layer.linear(layer.inputs(1).double())
+        with self.assertRaisesRegex(ValueError, "must be float32, float16, bfloat16, not int8"):
+            gpu.decode(layer.trellis, "mul1", torch.int8)
+        with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'mul2'"):
+            gpu.decode(layer.trellis, "mul2", torch.float16)
+        for trellis, message in (
+            (layer.trellis.int(), "int16"),
+            (layer.trellis[:4], "whole blocks"),
+            (layer.trellis[:, :4], "whole blocks"),
+            (layer.trellis[..., :60], "no rate of 3.75 bits"),
+            (layer.trellis.repeat_interleave(2, -1)[..., ::2], "one after the other"),
+            (torch.zeros(8 * 8 * 64 + 1, dtype=torch.int16)[1:].view(8, 8, 64), "multiples of 4"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                gpu.decode(trellis, "mul1", torch.float16)
+        layer.svh = layer.svh.to("meta")
+        with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
+            layer.linear(layer.inputs(1))

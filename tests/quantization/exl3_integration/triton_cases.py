@@ -1,0 +1,77 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the tests of the Triton kernels share: random layers, what they compute exactly, and which tests run where."""
+
+import os
+import unittest
+
+import torch
+
+from transformers.integrations.exl3 import format
+from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.kernels import gpu
+
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Largest error of a product over the norm of the exact one: FORMAT.md 2.7, bfloat16 as measured and rounded up.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+require_triton = unittest.skipUnless(triton, "needs Triton")
+require_interpreter = unittest.skipUnless(triton and INTERPRETED, "needs Triton's interpreter, TRITON_INTERPRET=1")
+require_compiler = unittest.skipIf(triton is None or INTERPRETED, "needs Triton's compiler")
+
+
+def all_codes():
+    return [(bits, codebook) for bits in format.BITS for codebook in format.CODEBOOKS]
+
+
+def random_trellis(rows, columns, bits, seed=0):
+    """A trellis of `rows` x `columns` tiles with random codes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(1 << 15), 1 << 15, (rows, columns, int(16 * bits)), generator=generator).to(torch.int16)
+
+
+class Layer:
+    """A random quantized layer and what it computes, in float64."""
+
+    def __init__(self, in_features, out_features, bits=4, codebook="mul1", bias=False, device="cpu", seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = format.padded(in_features), format.padded(out_features)
+        self.in_features, self.out_features, self.codebook = in_features, out_features, codebook
+        self.trellis = random_trellis(rows // 16, columns // 16, bits, seed).to(device)
+        self.suh = torch.randn(rows, generator=generator).half().to(device)
+        self.svh = torch.randn(columns, generator=generator).half().to(device)
+        self.bias = torch.randn(columns, generator=generator).half().to(device) if bias else None
+
+    def inputs(self, rows, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(rows)
+        return torch.randn(rows, self.in_features, generator=generator).to(self.trellis.device, dtype)
+
+    def linear(self, x):
+        return gpu.linear(x, self.trellis, self.suh, self.svh, self.bias, self.codebook, self.out_features)
+
+    def exact(self, x):
+        x = torch.nn.functional.pad(x.double(), (0, self.suh.shape[0] - self.in_features)) * self.suh.double()
+        y = hadamard(hadamard(x) @ format.decode(self.trellis, self.codebook).double()) * self.svh.double()
+        y = y if self.bias is None else y + self.bias.double()
+        return y[..., : self.out_features]
+
+
+def relative_error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
