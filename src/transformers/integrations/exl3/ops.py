@@ -24,6 +24,9 @@ The operators of EXL3, registered with `torch.library`, and the choice of what c
 
 `W = diag(suh) B inner B diag(svh)` with the names of `format.py`. Activations are rotated instead of weights, products are
 accumulated in fp32, and a large `inner` is decoded in strips, so that no operator holds a dense copy of a weight.
+
+What computes them: the Triton kernels of `kernels/gpu.py` on GPUs, the compiled ones of `kernels/cpu.py` on the CPU, and where
+these are missing plain torch, which defines what they all compute.
 """
 
 import torch
@@ -33,34 +36,61 @@ from .hadamard import hadamard
 from .kernels import cpu, gpu
 
 
-# Elements of `inner` that are decoded at a time: 32 MiB in fp32, enough columns for an efficient matrix product.
-STRIP_ELEMENTS = 1 << 23
+# Elements of `inner` that are decoded at a time: at most 16 MiB, enough columns for an efficient matrix product.
+STRIP_ELEMENTS = 1 << 22
+
+# Up to so many rows the compiled kernel of the CPU multiplies while it decodes; more are faster in a matrix product.
+FEW_ROWS = 48
+
+
+def _is_compiled(tensor: torch.Tensor) -> bool:
+    """Whether the compiled kernels of the CPU compute what `tensor` is the input of."""
+    return tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES and cpu.is_available()
 
 
 def _decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
-    """The inner matrix `[in, out]` of `trellis`, in `dtype`: by a compiled kernel where there is one, else by the reference."""
+    """The inner matrix `[in, out]` of `trellis`, in `dtype`."""
     if gpu.is_available(trellis.device):
         return gpu.decode(trellis, codebook, dtype)
-    if trellis.device.type == "cpu" and dtype is torch.float32 and cpu.is_available():
-        return cpu.decode(trellis, codebook)
+    if trellis.device.type == "cpu" and dtype in cpu.DTYPES and cpu.is_available():
+        return cpu.decode(trellis, codebook, dtype)
     return format.decode(trellis, codebook).to(dtype)
 
 
-def _strips(trellis: torch.Tensor):
-    """Slices of tile columns, each of about `STRIP_ELEMENTS` elements of the inner matrix and of whole 128-blocks."""
+def _rotate(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`hadamard(x * scale)` for `x` `[rows, n]` padded with zeros to the size of `scale`, in the dtype to multiply in."""
+    dtype = _product_dtype(x)
+    if _is_compiled(x):
+        return cpu.rotate(x, before=scale, out=x.new_empty(x.shape[0], scale.shape[0], dtype=dtype))
+    padded = torch.nn.functional.pad(x.float(), (0, scale.shape[0] - x.shape[1]))
+    return hadamard(padded * scale.float()).to(dtype)
+
+
+def _rotate_back(product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor):
+    """Write `hadamard(product) * scale + bias` to `out`, cut to its width; `bias` is as long as that is wide."""
+    if _is_compiled(product) and out.dtype in cpu.DTYPES:
+        cpu.rotate(product, after=scale, bias=bias, out=out)
+        return
+    y = (hadamard(product.float()) * scale.float())[:, : out.shape[1]]
+    out.copy_(y if bias is None else y + bias.float())
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a product of `x` is computed in, whose sums are of fp32 then: fp32 on a CPU that has no bf16 products."""
+    if x.device.type != "cpu":
+        return x.dtype
+    return x.dtype if x.dtype is torch.bfloat16 and cpu.multiplies_bfloat16() else torch.float32
+
+
+def _strips(length: int, width: int):
+    """Slices of `length` tiles, each of whole 128-blocks and of about `STRIP_ELEMENTS` elements, at `width` tiles across."""
     tiles_per_block = format.BLOCK // format.TILE
-    rows, columns = trellis.shape[0] * format.TILE, trellis.shape[1]
-    step = max(1, STRIP_ELEMENTS // (rows * format.BLOCK)) * tiles_per_block
-    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
+    step = max(1, STRIP_ELEMENTS // (width * format.TILE * format.BLOCK)) * tiles_per_block
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the product is computed in: fp32 on CPU; on accelerators the dtype of `x`, which they accumulate in fp32."""
-    return torch.float32 if x.device.type == "cpu" else x.dtype
-
-
-def _to_columns(columns: slice) -> slice:
-    return slice(columns.start * format.TILE, columns.stop * format.TILE)
+def _features(tiles: slice) -> slice:
+    return slice(tiles.start * format.TILE, tiles.stop * format.TILE)
 
 
 def _check_linear(x, features, trellis, suh, svh):
@@ -102,15 +132,16 @@ def linear(
     _check_linear(x, suh.shape[0], trellis, suh, svh)
     if gpu.is_available(x.device):
         return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
-    rotated = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]).float(), (0, suh.shape[0] - x.shape[-1]))
-    rotated = hadamard(rotated * suh.float()).to(_compute_dtype(x))
-    y = rotated.new_empty(rotated.shape[0], svh.shape[0], dtype=torch.float32)
-    for strip in _strips(trellis):
-        y[:, _to_columns(strip)] = rotated @ _decode(trellis[:, strip], codebook, rotated.dtype)
-    y = (hadamard(y) * svh.float())[:, :out_features]
-    if bias is not None:
-        y = y + bias[:out_features].float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], out_features).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] <= FEW_ROWS and _is_compiled(x):
+        return cpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
+    rotated = _rotate(rows, suh)
+    y = rows.new_empty(rows.shape[0], out_features)
+    for strip in _strips(trellis.shape[1], trellis.shape[0]):
+        columns = _features(strip)
+        product = rotated @ _decode(trellis[:, strip], codebook, rotated.dtype)
+        _rotate_back(product, svh[columns], None if bias is None else bias[:out_features][columns], y[:, columns])
+    return y.view(*x.shape[:-1], out_features)
 
 
 @linear.register_fake
@@ -129,13 +160,13 @@ def linear_input_grad(
 ) -> torch.Tensor:
     """The gradient of `linear` in its input: `grad` `[..., out_features]` to `[..., in_features]`, in the dtype of `grad`."""
     _check_linear(grad, svh.shape[0], trellis, suh, svh)
-    rotated = torch.nn.functional.pad(grad.reshape(-1, grad.shape[-1]).float(), (0, svh.shape[0] - grad.shape[-1]))
-    rotated = hadamard(rotated * svh.float()).to(_compute_dtype(grad))
-    x = rotated.new_zeros(rotated.shape[0], suh.shape[0], dtype=torch.float32)
-    for strip in _strips(trellis):
-        x += rotated[:, _to_columns(strip)] @ _decode(trellis[:, strip], codebook, rotated.dtype).T
-    x = (hadamard(x) * suh.float())[:, :in_features]
-    return x.to(grad.dtype).reshape(*grad.shape[:-1], in_features).contiguous()
+    rows = grad.reshape(-1, grad.shape[-1])
+    rotated = _rotate(rows, svh)
+    x = rows.new_empty(rows.shape[0], in_features)
+    for strip in _strips(*trellis.shape[:2]):
+        features = _features(strip)
+        _rotate_back(rotated @ _decode(trellis[strip], codebook, rotated.dtype).T, suh[features], None, x[:, features])
+    return x.view(*grad.shape[:-1], in_features)
 
 
 @linear_input_grad.register_fake
@@ -179,13 +210,15 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
     Returns:
         `torch.Tensor`: fp32 `[out, in]`, as in `nn.Linear`.
     """
+    if trellis.device.type == "cpu" and cpu.is_available():
+        return cpu.dequantize(trellis, suh, svh, codebook)
     weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
-    for strip in _strips(trellis):
-        columns = _to_columns(strip)
+    for strip in _strips(trellis.shape[1], trellis.shape[0]):
+        columns = _features(strip)
         if gpu.is_available(trellis.device):
             gpu.dequantize(trellis[:, strip], suh, svh[columns], codebook, weight[columns])
             continue
-        inner = _decode(trellis[:, strip], codebook, torch.float32)
+        inner = format.decode(trellis[:, strip], codebook).float()
         weight[columns] = hadamard(hadamard(inner).T) * suh.float() * svh[columns, None].float()
     return weight
 

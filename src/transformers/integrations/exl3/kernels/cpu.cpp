@@ -34,6 +34,11 @@
 #endif
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace {
 
 constexpr int ABI_VERSION = 2;  // `cpu.ABI_VERSION`: raised with every change of a signature below
@@ -200,6 +205,17 @@ EXPORT int32_t exl3_abi_version() { return ABI_VERSION; }
 
 // The name of the instruction set in use, null where EXL3_CPU_ISA names one that this machine lacks.
 EXPORT const char* exl3_isa() { return isa() ? isa()->name : nullptr; }
+
+// Whether products of bfloat16 numbers are instructions of this machine.
+EXPORT int32_t exl3_multiplies_bfloat16() {
+#if defined(EXL3_X86)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#elif defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+#else
+  return 0;
+#endif
+}
 
 // The parallel regions of the OpenMP library that torch computes on, null for none.
 EXPORT void exl3_use_openmp(void* region) { parallel_region = reinterpret_cast<ParallelRegion>(region); }

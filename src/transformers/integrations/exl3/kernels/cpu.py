@@ -127,6 +127,12 @@ def isa() -> str:
     return name.decode()
 
 
+@lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers, which torch's matrix products use then."""
+    return is_available() and bool(_library().exl3_multiplies_bfloat16())
+
+
 def search(tiles: torch.Tensor, bits: float, codebook: str) -> torch.Tensor:
     """The same as `encoder.search_reference`, to the byte.
 
