@@ -331,7 +331,7 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
 def finish_modules(model: nn.Module, progress=None):
     """
     What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one
-    converter of upstream's may yield several) or not at all (they are initialised), freeze, and align.
+    converter of upstream's may yield several) or not at all (they are initialised), freeze, align, and put tiles in order.
 
     Args:
         model (`PreTrainedModel`): The model, changed in place.
@@ -346,13 +346,12 @@ def finish_modules(model: nn.Module, progress=None):
         if isinstance(module, Exl3Module):
             module.requires_grad_(False)
         for name, parameter in module._parameters.items():
+            if parameter is None or parameter.device.type != "cpu" or hasattr(parameter, "device_mesh"):
+                continue
+            if isinstance(module, Exl3Linear) and name == "trellis":
+                parameter.data = ops.ordered(parameter.data)
             # Files written without padding of their header leave tensors at addresses that no vector code expects.
-            if (
-                parameter is not None
-                and parameter.device.type == "cpu"
-                and not hasattr(parameter, "device_mesh")  # a part of a tensor is a copy
-                and parameter.data_ptr() % parameter.element_size()
-            ):
+            if parameter.data_ptr() % parameter.element_size():
                 parameter.data = parameter.data.clone()
 
 

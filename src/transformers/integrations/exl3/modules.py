@@ -28,7 +28,7 @@ which plain parameter each part stands for; quantizing reads through these views
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -290,6 +290,32 @@ class Exl3SlicedLinear(Exl3Module):
             yield f"slice.{index}", name, view
 
 
+def _is_untouched(layer: nn.Module) -> bool:
+    """Whether calling `layer` does what its own forward does: there are adapters that replace it and hooks that move it."""
+    return (
+        type(layer) is Exl3Linear
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and (layer.bias is None or not layer.bias.requires_grad)
+    )
+
+
+def _grouped(layers: list[Exl3Linear], x: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """`x` with the rows `bounds[i]` to `bounds[i + 1]` sent through `layers[i]`."""
+    scales = [layer.scales for layer in layers]
+    return ops.grouped_linear(
+        x,
+        bounds,
+        [layer.codes for layer in layers],
+        [suh for suh, _ in scales],
+        [svh for _, svh in scales],
+        [layer.bias for layer in layers if layer.bias is not None],
+        [format.CODEBOOKS.index(layer.codebook) for layer in layers],
+        layers[0].out_features,
+    )
+
+
 class Exl3Expert(nn.Module):
     """One expert: its projections under the names that the checkpoint has for them."""
 
@@ -332,30 +358,48 @@ class Exl3Experts(Exl3Module):
         Returns:
             `torch.Tensor`: `[tokens, hidden]`.
         """
-        result = torch.zeros_like(hidden_states)
         routed, order = top_k_index.flatten().sort(stable=True)
-        tokens, weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order]
-        counts = torch.bincount(routed, minlength=self.num_experts).tolist()
-        start = 0
-        for expert in range(self.num_experts):
-            rows = slice(start, start + counts[expert])
-            start = rows.stop
-            if counts[expert]:
-                output = self._expert(expert, hidden_states[tokens[rows]]) * weights[rows, None]
-                result.index_add_(0, tokens[rows], output.to(result.dtype))
-        return result
+        tokens = order // top_k_index.shape[-1]
+        if torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
+            # Nothing is asked of the data: a graph stays whole, a GPU is not waited for.
+            experts = list(range(self.num_experts))
+            bounds = torch.searchsorted(routed, torch.arange(self.num_experts + 1, device=routed.device))
+        else:
+            experts, bounds = self._active(routed)
+            if not experts:
+                return torch.zeros_like(hidden_states)
+        layers = {role: [self.projection(expert, role) for expert in experts] for role in self.names}
+        x = hidden_states[tokens]
+        if all(_is_untouched(layer) for role in self.names for layer in layers[role]):
+            output = self._expert(lambda role, rows: _grouped(layers[role], rows, bounds), x)
+        else:
+            output = x.new_zeros(x.shape)
+            ends = bounds.tolist()
+            for index, (start, stop) in enumerate(zip(ends, ends[1:])):
+                if start < stop:
+                    output[start:stop] = self._expert(lambda role, rows: layers[role][index](rows), x[start:stop])
+        weighted = output.new_empty(output.shape, dtype=torch.float32)
+        weighted[order] = output.float() * top_k_weights.flatten()[order, None].float()
+        return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
-    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.projection(expert, "up")(x)
+    def _active(self, routed: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """The experts in `routed`, which is sorted, and the bounds of their rows."""
+        experts, counts = torch.unique_consecutive(routed, return_counts=True)
+        chosen = experts < self.num_experts
+        return experts[chosen].tolist(), torch.nn.functional.pad(counts[chosen].cumsum(0), (1, 0))
+
+    def _expert(self, project: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """What experts compute of rows `x`, where `project(role, rows)` are their projections."""
+        hidden = project("up", x)
         if "gate" in self.names:
-            gate = self.projection(expert, "gate")(x)
+            gate = project("gate", x)
             if self.plain.is_concatenated:
                 hidden = self.plain._apply_gate(torch.cat((gate, hidden), dim=-1))
             else:
                 hidden = self.plain._apply_gate(torch.stack((gate, hidden), dim=-1).flatten(-2))
         else:
             hidden = self.plain.act_fn(hidden)
-        return self.projection(expert, "down")(hidden)
+        return project("down", hidden)
 
     def plain_views(self, name, tensor):
         leaf = "bias" if name.endswith("_bias") else "weight"

@@ -18,6 +18,7 @@ The operators of EXL3, registered with `torch.library`, and the choice of what c
 |-----------------------------|-----------------------------------------------------------------------------------|
 | `exl3::linear`              | `y = x @ W + bias` for a quantized `W`, differentiable in `x`                      |
 | `exl3::linear_input_grad`   | its gradient in `x`, `g @ W.T`                                                    |
+| `exl3::grouped_linear`      | the same for groups of rows, each with a `W` of its own: experts                  |
 | `exl3::dequantize`          | the weight as `nn.Linear` keeps it, `[out, in]`                                   |
 | `exl3::embedding`           | rows of a quantized embedding table                                               |
 | `exl3::encode`              | trellis and scales of a weight                                                    |
@@ -89,6 +90,18 @@ def _strips(length: int, width: int):
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def ordered(trellis: torch.Tensor) -> torch.Tensor:
+    """
+    `trellis` in the order of tiles in memory that the kernels of its device read fastest.
+
+    Those of the CPU go down the columns of tiles, and want each column in one piece. Only the strides change: shape and
+    values stay, any order is computed with, and what is saved is contiguous again.
+    """
+    if trellis.device.type != "cpu" or not cpu.is_available():
+        return trellis
+    return trellis.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def _features(tiles: slice) -> slice:
     return slice(tiles.start * format.TILE, tiles.stop * format.TILE)
 
@@ -132,16 +145,22 @@ def linear(
     _check_linear(x, suh.shape[0], trellis, suh, svh)
     if gpu.is_available(x.device):
         return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
-    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(*x.shape[:-1], out_features)
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
     if rows.shape[0] <= FEW_ROWS and _is_compiled(x):
-        return cpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
+        cpu.linear([(rows, trellis, suh, svh, bias, codebook)], [out])
+    else:
+        _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out)
+    return y
+
+
+def _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
+    """`linear` for `rows` `[rows, in_features]` into `out` `[rows, out_features]`, by matrix products of decoded strips."""
     rotated = _rotate(rows, suh)
-    y = rows.new_empty(rows.shape[0], out_features)
     for strip in _strips(trellis.shape[1], trellis.shape[0]):
         columns = _features(strip)
         product = rotated @ _decode(trellis[:, strip], codebook, rotated.dtype)
-        _rotate_back(product, svh[columns], None if bias is None else bias[:out_features][columns], y[:, columns])
-    return y.view(*x.shape[:-1], out_features)
+        _rotate_back(product, svh[columns], None if bias is None else bias[: out.shape[1]][columns], out[:, columns])
 
 
 @linear.register_fake
@@ -194,6 +213,103 @@ def _linear_backward(ctx, grad):
 
 
 linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("exl3::grouped_linear", mutates_args=())
+def grouped_linear(
+    x: torch.Tensor,
+    bounds: torch.Tensor,
+    trellis: list[torch.Tensor],
+    suh: list[torch.Tensor],
+    svh: list[torch.Tensor],
+    bias: list[torch.Tensor],
+    codebooks: list[int],
+    out_features: int,
+) -> torch.Tensor:
+    """
+    The products of groups of rows, each group with its own quantized weight: of the experts of a mixture.
+
+    Args:
+        x (`torch.Tensor`): `[rows, in_features]`, floating, the rows of a group next to each other.
+        bounds (`torch.Tensor`): Integer `[groups + 1]`: rows `bounds[g]` to `bounds[g + 1]` are those of group `g`.
+        trellis, suh, svh (`list[torch.Tensor]`): Of each group, as in `linear`.
+        bias (`list[torch.Tensor]`): The same, or empty for none.
+        codebooks (`list[int]`): Of each group, an index in `format.CODEBOOKS`.
+        out_features (`int`): Output features without their padding.
+
+    Returns:
+        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`, with zeros in rows that are of no group.
+
+    Raises:
+        `ValueError`: Where the sizes do not fit each other.
+    """
+    y = x.new_zeros(x.shape[0], out_features)
+    few = []
+    for group, rows in _groups(bounds):
+        _check_linear(x, suh[group].shape[0], trellis[group], suh[group], svh[group])
+        layer = (trellis[group], suh[group], svh[group], bias[group] if bias else None)
+        layer += (format.CODEBOOKS[codebooks[group]],)
+        if gpu.is_available(x.device):
+            y[rows] = gpu.linear(x[rows], *layer, out_features)
+        elif rows.stop - rows.start <= FEW_ROWS and _is_compiled(x):
+            few.append(((x[rows], *layer), y[rows]))
+        else:
+            _multiply_in_strips(x[rows], *layer, y[rows])
+    if few:
+        cpu.linear(*map(list, zip(*few)))
+    return y
+
+
+@grouped_linear.register_fake
+def _(x, bounds, trellis, suh, svh, bias, codebooks, out_features):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("exl3::grouped_linear_input_grad", mutates_args=())
+def grouped_linear_input_grad(
+    grad: torch.Tensor,
+    bounds: torch.Tensor,
+    trellis: list[torch.Tensor],
+    suh: list[torch.Tensor],
+    svh: list[torch.Tensor],
+    codebooks: list[int],
+    in_features: int,
+) -> torch.Tensor:
+    """The gradient of `grouped_linear` in its input: `grad` `[rows, out_features]` to `[rows, in_features]`."""
+    x = grad.new_zeros(grad.shape[0], in_features)
+    for group, rows in _groups(bounds):
+        codebook = format.CODEBOOKS[codebooks[group]]
+        x[rows] = linear_input_grad(grad[rows], trellis[group], suh[group], svh[group], codebook, in_features)
+    return x
+
+
+@grouped_linear_input_grad.register_fake
+def _(grad, bounds, trellis, suh, svh, codebooks, in_features):
+    return grad.new_empty(grad.shape[0], in_features)
+
+
+def _groups(bounds: torch.Tensor):
+    """The groups that have rows, with these."""
+    ends = bounds.tolist()
+    return [(group, slice(*rows)) for group, rows in enumerate(zip(ends, ends[1:])) if rows[0] < rows[1]]
+
+
+def _save_for_grouped_backward(ctx, inputs, output):
+    x, bounds, trellis, suh, svh, bias, codebooks, _ = inputs
+    ctx.save_for_backward(bounds, *trellis, *suh, *svh)
+    ctx.codebooks, ctx.in_features, ctx.biases = codebooks, x.shape[-1], len(bias)
+
+
+def _grouped_linear_backward(ctx, grad):
+    bounds, *tensors = ctx.saved_tensors
+    count = len(ctx.codebooks)
+    layers = (tensors[start : start + count] for start in range(0, 3 * count, count))
+    grad_x = grouped_linear_input_grad(grad.contiguous(), bounds, *layers, ctx.codebooks, ctx.in_features)
+    none = [None] * count
+    return grad_x, None, none, none, none, [None] * ctx.biases, None, None
+
+
+grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_for_grouped_backward)
 
 
 @torch.library.custom_op("exl3::dequantize", mutates_args=())

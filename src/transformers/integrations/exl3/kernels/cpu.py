@@ -169,42 +169,29 @@ def search(tiles: torch.Tensor, bits: float, codebook: str) -> torch.Tensor:
     return states
 
 
-def linear(
-    x: torch.Tensor,
-    trellis: torch.Tensor,
-    suh: torch.Tensor,
-    svh: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    out_features: int,
-) -> torch.Tensor:
-    """What `ops.linear` computes, for few rows: see there for arguments, result and errors."""
-    return grouped_linear([(x, trellis, suh, svh, bias, codebook)], out_features)[0]
-
-
-def grouped_linear(layers: list[tuple], out_features: int) -> list[torch.Tensor]:
-    """Several products at once, on all threads together.
+def linear(layers: list[tuple], out: list[torch.Tensor]):
+    """Products of rows and quantized weights, of several layers on all threads together.
 
     Args:
-        layers (`list[tuple]`): For each the arguments `x` to `codebook` of `linear`.
-        out_features (`int`): Of all of them.
+        layers (`list[tuple]`): For each `x` `[rows, in_features]`, float32, float16 or bfloat16, then `trellis`, `suh`,
+            `svh`, `bias` and `codebook` as in `ops.linear`, on sizes that fit each other.
+        out (`list[torch.Tensor]`): For each where to write: `[rows, out_features]`, rows contiguous each, of `x`'s dtype.
 
-    Returns:
-        `list[torch.Tensor]`: For each layer `[..., out_features]`, of the dtype of its `x`.
+    Raises:
+        ValueError: For tensors of other dtypes, layouts or devices, and for an unknown rate or codebook.
+        RuntimeError: If the kernels are missing.
     """
-    calls, results, kept = (_LinearCall * len(layers))(), [], []
-    for call, (x, trellis, suh, svh, bias, codebook) in zip(calls, layers):
+    calls, kept = (_LinearCall * len(layers))(), []
+    for call, (x, trellis, suh, svh, bias, codebook), y in zip(calls, layers, out, strict=True):
         trellis, x = _tiles(trellis), x.contiguous()
-        y = x.new_empty(*x.shape[:-1], out_features)
+        _check_sizes(x, trellis, suh, svh, bias, y)
         call.x, call.y, call.suh, call.svh = _rows(x), _rows(y), _rows(suh), _rows(svh)
         if bias is not None:
             call.bias = _rows(bias)
-        call.rows, call.in_features, call.out_features = x.numel() // x.shape[-1], x.shape[-1], out_features
+        (call.rows, call.in_features), call.out_features = x.shape, y.shape[1]
         _set_trellis(call, trellis, codebook)
-        results.append(y)
-        kept.append((x, trellis))  # until the call is done
+        kept.append((x, trellis))  # until the calls are done
     _call("exl3_linear", ctypes.byref(calls), len(calls), torch.get_num_threads())
-    return results
 
 
 def rotate(
@@ -229,6 +216,11 @@ def rotate(
     padded = format.padded(x.shape[-1])
     if out is None:
         out = x.new_empty(x.shape[0], padded, dtype=torch.float32)
+    fits = x.dim() == out.dim() == 2 and x.shape[0] == out.shape[0] and format.padded(out.shape[1]) == padded
+    fits = fits and all(scale is None or scale.shape == (padded,) for scale in (before, after))
+    if not fits or (bias is not None and (bias.dim() != 1 or bias.shape[0] < out.shape[1])):
+        tensors = {"x": x, "before": before, "after": after, "bias": bias, "out": out}
+        raise ValueError(f"the sizes of a rotation do not fit each other: {_shapes(tensors)}")
     call = _RotateCall(x=_rows(x), y=_rows(out), rows=x.shape[0], in_features=x.shape[1], out_features=out.shape[1])
     for name, scale in (("before", before), ("after", after)):
         if scale is not None:
@@ -265,6 +257,10 @@ def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype = torch.floa
 def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str) -> torch.Tensor:
     """What `ops.dequantize` computes, to the byte: see there for arguments, result and errors."""
     trellis = _tiles(trellis)
+    sizes = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
+    if (suh.shape, svh.shape) != (sizes[:1], sizes[1:]) or any(size % format.BLOCK for size in sizes):
+        tensors = {"trellis": trellis, "suh": suh, "svh": svh}
+        raise ValueError(f"the sizes of a weight do not fit each other: {_shapes(tensors)}")
     weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32)
     call = _DecodeCall(y=_rows(weight), suh=_rows(suh), svh=_rows(svh))
     _set_trellis(call, trellis, codebook)
@@ -278,6 +274,20 @@ def _tiles(trellis):
         raise ValueError(f"a trellis is int16 [in/16, out/16, 16K], here on the CPU: {_describe(trellis)}")
     format.bits_of(trellis)
     return trellis if trellis.stride(2) == 1 else trellis.contiguous()
+
+
+def _check_sizes(x, trellis, suh, svh, bias, y):
+    sizes = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
+    fits = x.dim() == y.dim() == 2 and x.shape[0] == y.shape[0] and x.dtype is y.dtype
+    fits = fits and (format.padded(x.shape[1]), format.padded(y.shape[1])) == sizes
+    fits = fits and (suh.shape, svh.shape) == (sizes[:1], sizes[1:])
+    if not fits or (bias is not None and (bias.dim() != 1 or bias.shape[0] < y.shape[1])):
+        tensors = {"x": x, "trellis": trellis, "suh": suh, "svh": svh, "bias": bias, "y": y}
+        raise ValueError(f"the tensors of a product do not fit each other: {_shapes(tensors)}")
+
+
+def _shapes(tensors):
+    return ", ".join(f"{name} {_describe(tensor)}" for name, tensor in tensors.items() if tensor is not None)
 
 
 def _set_trellis(call, trellis, codebook):

@@ -1,0 +1,389 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The compiled CPU kernels against the reference in plain torch, on every instruction set that this machine has."""
+
+import itertools
+import os
+import threading
+import unittest
+from unittest.mock import patch
+
+from parameterized import parameterized
+
+from transformers.testing_utils import require_torch
+from transformers.utils import is_torch_available
+
+
+if is_torch_available():
+    import torch
+
+    from transformers.integrations.exl3 import format, ops
+    from transformers.integrations.exl3.hadamard import hadamard
+    from transformers.integrations.exl3.kernels import cpu
+
+    from .synthetic import random_linear
+
+
+ISAS = ("avx512vnni", "avx512", "avx2", "base")
+RATES = [
+    (isa, bits, codebook)
+    for isa in ISAS
+    for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+    for codebook in ("3inst", "mcg", "mul1")
+    if bits == int(bits) or codebook == "mul1"
+]
+DTYPES = ("float32", "float16", "bfloat16")
+# Relative RMS errors: of fp32 sums, and of what 16-bit inputs and results are rounded to.
+TOLERANCES = {"float32": 1e-6, "float16": 6e-4, "bfloat16": 2.5e-3}
+
+
+def rms_error(result, expected):
+    result, expected = result.double(), expected.double()
+    return ((result - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+@require_torch
+class KernelTest(unittest.TestCase):
+    def setUp(self):
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.manual_seed(0)
+
+    def force(self, isa):
+        """Compute on one instruction set until the end of the test, which is skipped where the machine lacks it."""
+        forced = patch.dict(os.environ, EXL3_CPU_ISA=isa)
+        forced.start()
+        self.addCleanup(forced.stop)
+        try:
+            self.assertEqual(cpu.isa(), isa)
+        except ValueError:
+            self.skipTest(f"this machine has no {isa}")
+
+    def layer(self, in_features=256, out_features=384, bits=4, codebook="mul1", bias=True):
+        """Arguments of a product with a quantized weight after `x`, and the weight `[out_features, in_features]`."""
+        values = torch.randn(out_features) if bias else None
+        tensors, weight = random_linear(out_features, in_features, bits, codebook, values)
+        arguments = (tensors["trellis"], tensors["suh"], tensors["svh"], tensors.get("bias"), codebook)
+        return arguments, weight
+
+    def multiply(self, x, arguments, out_features):
+        y = torch.full((x.shape[0], out_features), float("nan"), dtype=x.dtype)
+        cpu.linear([(x, *arguments)], [y])
+        return y
+
+
+class Exl3LinearKernelTest(KernelTest):
+    @parameterized.expand(RATES)
+    def test_product(self, isa, bits, codebook):
+        self.force(isa)
+        arguments, weight = self.layer(249, 381, bits, codebook)
+        bias = arguments[3][:381].float()
+        for rows, dtype in itertools.product((1, 3), DTYPES):
+            x = torch.randn(rows, 249).to(getattr(torch, dtype))
+            y = self.multiply(x, arguments, 381)
+            self.assertLess(rms_error(y, x.float() @ weight.T + bias), TOLERANCES[dtype], (rows, dtype))
+
+    @parameterized.expand(DTYPES)
+    def test_every_instruction_set_and_number_of_threads_gives_the_same_bytes(self, dtype):
+        arguments, _ = self.layer(640, 896, 3, "mcg")
+        x = torch.randn(19, 640).to(getattr(torch, dtype))
+        results = [self.multiply(x, arguments, 896)]
+        for isa, threads in itertools.product(ISAS, (1, 2, 5)):
+            with patch.dict(os.environ, EXL3_CPU_ISA=isa):
+                try:
+                    cpu.isa()
+                except ValueError:
+                    continue
+                torch.set_num_threads(threads)
+                results.append(self.multiply(x, arguments, 896))
+        self.assertGreater(len(results), 3)
+        for result in results[1:]:
+            self.assertTrue(torch.equal(result, results[0]))
+
+    @parameterized.expand(itertools.product((1, 2, 15, 16, 17, 40), DTYPES))
+    def test_every_number_of_rows(self, rows, dtype):
+        arguments, weight = self.layer(bias=False)
+        x = torch.randn(rows, 256).to(getattr(torch, dtype))
+        y = self.multiply(x, arguments, 384)
+        self.assertLess(rms_error(y, x.float() @ weight.T), TOLERANCES[dtype])
+        for row in range(rows):  # each row on its own gives the same bytes
+            self.assertTrue(torch.equal(self.multiply(x[row : row + 1], arguments, 384)[0], y[row]))
+
+    @parameterized.expand(["float32", "float16", "bfloat16"])
+    def test_every_dtype_of_scales(self, dtype):
+        (trellis, suh, svh, bias, codebook), weight = self.layer()
+        x = torch.randn(2, 256)
+        scales = [tensor.to(getattr(torch, dtype)) for tensor in (suh, svh, bias)]
+        expected = ops.dequantize(trellis, *scales[:2], codebook)
+        y = self.multiply(x, (trellis, *scales, codebook), 384)
+        self.assertLess(rms_error(y, x @ expected.T + scales[2].float()), 1e-6)
+
+    def test_any_order_of_tiles(self):
+        (trellis, *others), _ = self.layer()
+        x = torch.randn(3, 256)
+        orders = [
+            trellis,
+            trellis.transpose(0, 1).contiguous().transpose(0, 1),
+            torch.cat((trellis, trellis), 1)[:, :24],
+            torch.stack((trellis, trellis), 1)[:, 1],
+            trellis.movedim(2, 0).contiguous().movedim(0, 2),
+        ]
+        for order in orders[1:]:
+            self.assertTrue(torch.equal(order, trellis))
+            self.assertTrue(
+                torch.equal(self.multiply(x, (order, *others), 384), self.multiply(x, (trellis, *others), 384))
+            )
+
+    def test_any_layout_of_rows(self):
+        arguments, _ = self.layer()
+        x = torch.randn(3, 256)
+        expected = self.multiply(x, arguments, 384)
+        for layout in (x.T.contiguous().T, torch.randn(3, 512).index_copy_(1, torch.arange(256), x)[:, :256]):
+            self.assertTrue(torch.equal(layout, x))
+            self.assertTrue(torch.equal(self.multiply(layout, arguments, 384), expected))
+        wide = torch.zeros(3, 400)
+        cpu.linear([(x, *arguments)], [wide[:, 5:389]])
+        self.assertTrue(torch.equal(wide[:, 5:389], expected))
+        self.assertEqual((wide[:, :5].abs().sum(), wide[:, 389:].abs().sum()), (0, 0))
+
+    def test_several_layers_at_once(self):
+        sizes = ((128, 256, 1), (256, 128, 17), (384, 384, 0), (100, 70, 3))
+        layers, outs, expected = [], [], []
+        for in_features, out_features, rows in sizes:
+            arguments, _ = self.layer(in_features, out_features)
+            layers.append((torch.randn(rows, in_features), *arguments))
+            outs.append(torch.empty(rows, out_features))
+            expected.append(self.multiply(layers[-1][0], arguments, out_features))
+        cpu.linear(layers, outs)
+        for result, single in zip(outs, expected):
+            self.assertTrue(torch.equal(result, single))
+
+    @parameterized.expand(DTYPES)
+    def test_what_is_not_finite_goes_on(self, dtype):
+        arguments, _ = self.layer(bias=False)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            x = torch.randn(3, 256).to(getattr(torch, dtype))
+            x[1, 200] = value
+            y = self.multiply(x, arguments, 384)
+            self.assertFalse(y[1].isfinite().any())
+            self.assertTrue(y[::2].isfinite().all())
+
+    @parameterized.expand(
+        [("bfloat16", 1e30), ("bfloat16", 1e-30), ("float32", 1e30), ("float32", 1e-30), ("float16", 1e-4)]
+    )
+    def test_magnitudes(self, dtype, magnitude):
+        arguments, weight = self.layer(bias=False)
+        x = (torch.randn(2, 256) * magnitude).to(getattr(torch, dtype))
+        y = self.multiply(x, arguments, 384).double()
+        self.assertLess(rms_error(y, x.double() @ weight.double().T), 10 * TOLERANCES[dtype])
+
+    def test_blocks_of_unequal_magnitude_keep_their_precision(self):
+        arguments, weight = self.layer(bias=False)
+        x = torch.randn(1, 256).bfloat16()
+        x[:, :128] = 0
+        x[0, 0] = 1e4
+        other = x.clone()
+        other[:, 128:] = 0
+        arguments = (*arguments[:2], arguments[2], None, arguments[4])
+        difference = self.multiply(x.float(), arguments, 384) - self.multiply(other.float(), arguments, 384)
+        self.assertLess(rms_error(difference, x[:, 128:].float() @ weight[:, 128:].T), 1e-2)
+
+    def test_zeros(self):
+        arguments, _ = self.layer(bias=False)
+        for dtype in DTYPES:
+            x = torch.zeros(2, 256, dtype=getattr(torch, dtype))
+            self.assertEqual(self.multiply(x, arguments, 384).abs().sum(), 0)
+
+    def test_from_many_python_threads(self):
+        arguments, _ = self.layer(512, 512)
+        inputs = [torch.randn(1 + i % 5, 512).to(getattr(torch, DTYPES[i % 3])) for i in range(12)]
+        expected = [self.multiply(x, arguments, 512) for x in inputs]
+        wrong = []
+
+        def work(index):
+            for _ in range(20):
+                if not torch.equal(self.multiply(inputs[index], arguments, 512), expected[index]):
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+
+    def test_without_openmp(self):
+        arguments, _ = self.layer(512, 512)
+        x = torch.randn(4, 512)
+        expected = self.multiply(x, arguments, 512)
+        self.addCleanup(cpu._library.cache_clear)
+        cpu._library().exl3_use_openmp(None)
+        self.assertTrue(torch.equal(self.multiply(x, arguments, 512), expected))
+
+    def test_refuses_what_it_cannot_read(self):
+        (trellis, suh, svh, bias, codebook), _ = self.layer()
+        x, y = torch.randn(2, 256), torch.empty(2, 384)
+
+        def call(x=x, trellis=trellis, suh=suh, svh=svh, bias=bias, codebook=codebook, y=y):
+            cpu.linear([(x, trellis, suh, svh, bias, codebook)], [y])
+
+        call()
+        refused = {
+            "contiguous rows of float32": [
+                {"x": x.double(), "y": y.double()},
+                {"x": x.to("meta")},
+                {"y": torch.empty(384, 2).T},
+                {"suh": suh.int()},
+                {"svh": torch.empty(768).half()[::2]},
+                {"bias": torch.empty(768)[::2]},
+            ],
+            "a trellis is int16": [
+                {"trellis": trellis.int()},
+                {"trellis": trellis.to("meta")},
+                {"trellis": trellis[0]},
+            ],
+            "no rate of": [{"trellis": trellis[..., :50]}],
+            "unknown EXL3 codebook": [{"codebook": "mul2"}],
+            "do not fit": [
+                {"x": x[:, :128]},
+                {"x": x[0]},
+                {"suh": suh[:255]},
+                {"svh": svh[:128]},
+                {"bias": bias[:383]},
+                {"y": y[:1]},
+                {"y": y[:, :200]},
+                {"y": y.bfloat16()},
+                {"trellis": trellis[:12]},
+            ],
+        }
+        for message, cases in refused.items():
+            for case in cases:
+                with self.subTest(case=list(case)), self.assertRaisesRegex(ValueError, message):
+                    call(**case)
+
+
+class Exl3OtherKernelsTest(KernelTest):
+    @parameterized.expand(RATES)
+    def test_decoding_and_dequantizing(self, isa, bits, codebook):
+        self.force(isa)
+        (trellis, suh, svh, _, _), _ = self.layer(256, 384, bits, codebook)
+        inner = format.decode(trellis, codebook)
+        for dtype in DTYPES:
+            decoded = cpu.decode(trellis, codebook, getattr(torch, dtype))
+            self.assertTrue(torch.equal(decoded, inner.to(decoded.dtype)), dtype)
+        expected = hadamard(hadamard(inner.float()).T) * suh.float() * svh[:, None].float()
+        self.assertTrue(torch.equal(cpu.dequantize(trellis, suh, svh, codebook), expected))
+
+    @parameterized.expand(itertools.product(ISAS, DTYPES, DTYPES))
+    def test_rotating(self, isa, source, target):
+        self.force(isa)
+        x = torch.randn(5, 200).to(getattr(torch, source))
+        before, after, bias = torch.randn(256), torch.randn(256), torch.randn(130)
+        out = torch.empty(5, 256, dtype=getattr(torch, target))
+        cpu.rotate(x, before, after, None, out)
+        padded = torch.nn.functional.pad(x.float(), (0, 56))
+        expected = hadamard(padded * before) * after
+        self.assertTrue(torch.equal(out, expected.to(out.dtype)))
+        cut = torch.empty(5, 130, dtype=out.dtype)
+        cpu.rotate(x, None, None, bias, cut)
+        self.assertTrue(torch.equal(cut, (hadamard(padded)[:, :130] + bias).to(out.dtype)))
+
+    def test_rotating_refuses_what_it_cannot_read(self):
+        x = torch.randn(5, 200)
+        for arguments in ((x.int(),), (x.T,), (x[0],), (x, torch.randn(200)), (x, None, torch.randn(128))):
+            with self.assertRaises(ValueError):
+                cpu.rotate(*arguments)
+        for out in (torch.empty(4, 256), torch.empty(5, 128), torch.empty(5, 257), torch.empty(256, 5).T):
+            with self.assertRaises(ValueError):
+                cpu.rotate(x, out=out)
+        with self.assertRaises(ValueError):
+            cpu.rotate(x, bias=torch.randn(100), out=torch.empty(5, 130))
+
+    @parameterized.expand(ISAS)
+    def test_conversions_of_every_half(self, isa):
+        """Scales of all 65 536 bit patterns, and results that fall between two numbers of 16 bits."""
+        self.force(isa)
+        halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+        x = torch.zeros(1, 128)
+        x[0, 0] = 128**0.5  # a rotation of it is 1 everywhere
+        scales = halves[halves.isfinite()].view(-1, 128)
+        for scale in scales:
+            out = cpu.rotate(x, after=scale)
+            self.assertTrue(torch.equal(out[0], hadamard(x)[0] * scale.float()))
+        values = torch.cat((torch.randn(256) * 1e-6, torch.randn(256) * 1e4, torch.randn(256), torch.zeros(128)))
+        for dtype in (torch.float16, torch.bfloat16):
+            for some in values.view(-1, 128):
+                out = cpu.rotate(x, after=some, out=torch.empty(1, 128, dtype=dtype))
+                self.assertTrue(torch.equal(out[0], (hadamard(x)[0] * some).to(dtype)))
+
+
+@require_torch
+class Exl3GroupedLinearTest(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+
+    def groups(self, sizes, bias=True):
+        """Layers with different rates and codebooks, `bounds`, rows for them, and what they are to give."""
+        kinds = itertools.cycle([(4, "mul1"), (2, "mcg"), (3, "3inst"), (2.5, "mul1")])
+        layers, weights = [], []
+        for seed, (bits, codebook) in zip(range(len(sizes)), kinds):
+            tensors, weight = random_linear(130, 200, bits, codebook, torch.randn(130) if bias else None, seed=seed)
+            layers.append((tensors["trellis"], tensors["suh"], tensors["svh"], tensors.get("bias"), codebook))
+            weights.append(weight)
+        bounds = torch.tensor([0, *itertools.accumulate(sizes)])
+        lists = [[layer[i] for layer in layers] for i in range(3)]
+        lists.append([layer[3] for layer in layers] if bias else [])
+        lists.append([format.CODEBOOKS.index(layer[4]) for layer in layers])
+        return bounds, lists, weights
+
+    @parameterized.expand([([1, 0, 3, 70],), ([0, 0, 2],), ([1],), ([0],)])
+    def test_each_group_has_its_weight(self, sizes):
+        bounds, lists, weights = self.groups(sizes)
+        x = torch.randn(sum(sizes) + 2, 200)
+        y = ops.grouped_linear(x, bounds, *lists, 130)
+        expected = torch.zeros(x.shape[0], 130)
+        for group, weight in enumerate(weights):
+            rows = slice(bounds[group], bounds[group + 1])
+            expected[rows] = x[rows] @ weight.T + lists[3][group][:130].float()
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+        self.assertEqual(y[bounds[-1] :].abs().sum(), 0)
+
+    def test_gradients(self):
+        bounds, lists, weights = self.groups([2, 0, 60], bias=False)
+        x = torch.randn(64, 200, requires_grad=True)
+        grad = torch.randn(64, 130)
+        ops.grouped_linear(x, bounds, *lists, 130).backward(grad)
+        expected = torch.zeros(64, 200)
+        for group, weight in enumerate(weights):
+            rows = slice(bounds[group], bounds[group + 1])
+            expected[rows] = grad[rows] @ weight
+        torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-5)
+
+    def test_is_an_operator(self):
+        bounds, lists, _ = self.groups([2, 1])
+        x = torch.randn(4, 200, requires_grad=True)
+        torch.library.opcheck(ops.grouped_linear, (x, bounds, *lists, 130))
+        grad = torch.randn(4, 130)
+        torch.library.opcheck(ops.grouped_linear_input_grad, (grad, bounds, *lists[:3], lists[4], 200))
+
+    def test_sizes_that_do_not_fit_are_an_error(self):
+        bounds, lists, _ = self.groups([2, 1])
+        with self.assertRaisesRegex(ValueError, "the input has 100 features, the quantized weight 256"):
+            ops.grouped_linear(torch.randn(3, 100), bounds, *lists, 130)
+
+
+if __name__ == "__main__":
+    unittest.main()
