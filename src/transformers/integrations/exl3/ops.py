@@ -95,9 +95,11 @@ def ordered(trellis: torch.Tensor) -> torch.Tensor:
     `trellis` in the order of tiles in memory that the kernels of its device read fastest.
 
     Those of the CPU go down the columns of tiles, and want each column in one piece. Only the strides change: shape and
-    values stay, any order is computed with, and what is saved is contiguous again.
+    values stay, any order is computed with, and what is saved is contiguous again. Among several processes the order is
+    left alone, since FSDP shards contiguous parameters only.
     """
-    if trellis.device.type != "cpu" or not cpu.is_available():
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if trellis.device.type != "cpu" or not cpu.is_available() or is_distributed:
         return trellis
     return trellis.transpose(0, 1).contiguous().transpose(0, 1)
 
