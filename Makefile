@@ -8,13 +8,15 @@ UPSTREAM = 5.23.0
 
 BIN = $(VENV)/bin
 PATCHED = setup.py src tests/quantization
+KERNELS = src/transformers/integrations/exl3/kernels
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
-.PHONY: help test test-slow check-upstreams demo lint style export refresh clean
+.PHONY: help test test-slow sanitize check-upstreams demo lint style export refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
 	@echo "make test-slow              run all tests, the slow ones too"
+	@echo "make sanitize               test the compiled kernels under the sanitizers"
 	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
 	@echo "make demo [MODEL=...]       run the demo"
 	@echo "make lint                   check style, here and in the patched tree of upstream's"
@@ -52,6 +54,15 @@ test: refresh
 
 test-slow: $(VENV)/.slow refresh
 	RUN_SLOW=1 $(BIN)/python -m pytest -q
+
+# The compiled kernels with the sanitizers of addresses and of undefined behaviour; leaks are Python's own.
+sanitize: refresh
+	rm -rf build/sanitized && cp -RL build/tree build/sanitized
+	$(CXX) -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g -std=c++17 -ffp-contract=off -fPIC -shared \
+		-pthread $(KERNELS)/cpu.cpp -o build/sanitized/$(KERNELS)/_cpu.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/src $(BIN)/python -m pytest -q \
+		tests/quantization/exl3_integration/test_exl3_cpu.py tests/quantization/exl3_integration/test_exl3_encoder.py
 
 check-upstreams: $(VENV)/.installed
 	RUN_SLOW=1 $(BIN)/python -m pytest -q utils/patchset/tests/test_upstreams.py

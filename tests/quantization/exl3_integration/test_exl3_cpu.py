@@ -13,8 +13,12 @@
 # limitations under the License.
 """The compiled CPU kernels against the reference in plain torch, on every instruction set that this machine has."""
 
+import ctypes
 import itertools
+import mmap
+import multiprocessing
 import os
+import sys
 import threading
 import unittest
 from unittest.mock import patch
@@ -328,6 +332,49 @@ class Exl3OtherKernelsTest(KernelTest):
             for some in values.view(-1, 128):
                 out = cpu.rotate(x, after=some, out=torch.empty(1, 128, dtype=dtype))
                 self.assertTrue(torch.equal(out[0], (hadamard(x)[0] * some).to(dtype)))
+
+
+def guarded(tensor, at_end):
+    """A copy of `tensor` beside a page that nothing may be read from: after its end or before its start."""
+    pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for page in (0, pages + 1):
+        address = ctypes.c_void_p(base + page * mmap.PAGESIZE)
+        if libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = (pages + 1) * mmap.PAGESIZE - tensor.nbytes if at_end else mmap.PAGESIZE
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def use_guarded_memory():
+    """All kernels on every instruction set and rate, in a process of its own, which a wrong access kills."""
+    for isa, bits, codebook in RATES:
+        os.environ["EXL3_CPU_ISA"] = isa
+        try:
+            cpu.isa()
+        except ValueError:
+            continue
+        tensors, _ = random_linear(256, 128, bits, codebook)
+        for at_end in (False, True):
+            trellis, suh, svh = (guarded(tensors[name], at_end) for name in ("trellis", "suh", "svh"))
+            for dtype in (torch.float32, torch.bfloat16):
+                x, y = (guarded(torch.ones(2, size, dtype=dtype), at_end) for size in (128, 250))
+                cpu.linear([(x, trellis, suh, svh, guarded(torch.ones(250), at_end), codebook)], [y])
+                cpu.rotate(x, suh, suh, None, guarded(torch.empty(2, 128, dtype=dtype), at_end))
+            cpu.decode(trellis, codebook)
+            cpu.dequantize(trellis, suh, svh, codebook)
+
+
+@unittest.skipUnless(sys.platform == "linux", "guards memory with mprotect")
+class Exl3GuardedMemoryTest(KernelTest):
+    def test_nothing_beyond_the_tensors_is_touched(self):
+        process = multiprocessing.get_context("spawn").Process(target=use_guarded_memory)
+        process.start()
+        process.join()
+        self.assertEqual(process.exitcode, 0)
 
 
 @require_torch
