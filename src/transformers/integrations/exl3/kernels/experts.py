@@ -30,12 +30,15 @@ _in_graphs = {}  # the tables that CUDA graphs read, of which these know no more
 
 
 def kinds(trellis, suh, svh, bias, codebooks) -> list[list[int]]:
-    """The experts, by what they have to share for one kernel: codebook, and shapes, strides and dtypes of the tensors."""
+    """
+    The experts, by what they have to share for one kernel: codebook, sizes, dtypes, and strides of the trellis, whose address
+    has to be one of a word. The other tensors are contiguous.
+    """
     found = defaultdict(list)
-    for expert, codebook in enumerate(codebooks):
-        tensors = (trellis[expert], suh[expert], svh[expert], *bias[expert : expert + 1])
-        key = (codebook, *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors))
-        found[key, trellis[expert].data_ptr() % 4].append(expert)  # words at odd addresses are refused
+    for expert, (codebook, codes) in enumerate(zip(codebooks, trellis)):
+        others = (suh[expert], svh[expert], *bias[expert : expert + 1])
+        key = (codebook, codes.shape, codes.stride(), codes.dtype, codes.data_ptr() % 4)
+        found[key + tuple((tensor.numel(), tensor.dtype) for tensor in others)].append(expert)
     return list(found.values())
 
 
@@ -54,16 +57,17 @@ def table_of(members: list[int], lists: list[list[torch.Tensor]], device: torch.
     Raises:
         RuntimeError: For new addresses while a CUDA graph is captured, when nothing can be copied from the host.
     """
-    chosen = set(members)
-    rows = (
-        tuple(tensor.data_ptr() if expert in chosen else 0 for expert, tensor in enumerate(tensors))
-        or (0,) * len(lists[0])
+    chosen, experts = set(members), range(len(lists[0]))
+    addresses = tuple(
+        tuple(tensors[expert].data_ptr() if tensors and expert in chosen else 0 for expert in experts)
         for tensors in lists
     )
-    addresses = tuple(rows)
     table = _table(addresses, device)
     if is_capturing(device):
         _in_graphs[addresses, device] = table
+    elif device.type != "cpu":
+        # The cache may drop the table before this stream is done with it.
+        table.record_stream(torch.get_device_module(device).current_stream(device))
     return table
 
 
