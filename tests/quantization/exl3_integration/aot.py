@@ -47,7 +47,7 @@ SHARED_LIMITS = {
     "gfx942": 64 * 1024,
     "gfx1100": 64 * 1024,
 }
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _PROCESSORS = {
     "sm_80": 108,
     "sm_86": 84,

@@ -430,6 +430,9 @@ class Exl3GroupedLinearTest(unittest.TestCase):
         bounds, lists, _ = self.groups([2, 1])
         with self.assertRaisesRegex(ValueError, "the input has 100 features, the quantized weight 256"):
             ops.grouped_linear(torch.randn(3, 100), bounds, *lists, 130)
+        lists[3].pop()
+        with self.assertRaisesRegex(ValueError, r"bias and codebooks are of \[2, 2, 2, 1, 2\] groups"):
+            ops.grouped_linear(torch.randn(3, 200), bounds, *lists, 130)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from .triton_cases import (
     TOLERANCE,
     Layer,
     all_codes,
+    experts_of_a_model,
+    grouped_linear,
     random_trellis,
     relative_error,
     require_interpreter,
@@ -45,7 +47,7 @@ from .triton_cases import (
 
 
 if triton:
-    from transformers.integrations.exl3.kernels import triton_codes, triton_hadamard, triton_linear
+    from transformers.integrations.exl3.kernels import experts, triton_codes, triton_hadamard, triton_linear
     from transformers.integrations.exl3.kernels.triton_linear import Options
 
 
@@ -194,29 +196,114 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
     )
     def test_experts(self, name, dtype, counts):
         layers = [Layer(200, 100, 2.5, bias=True, seed=seed) for seed in range(len(counts))]
-        stacks = [
-            torch.stack([getattr(layer, leaf) for layer in layers]) for leaf in ("trellis", "suh", "svh", "bias")
-        ]
-        bounds = torch.tensor([0, *counts]).cumsum(0)
-        x = layers[0].inputs(int(bounds[-1]) + 2, dtype)  # two rows are no expert's
         with mock.patch.object(triton_linear, "GROUPED_ROWS", 16 if name == "in_parts" else 4096):
-            y = gpu.grouped_linear(x, bounds.int(), *stacks, "mul1", 100)
+            self._check_experts(layers, counts, dtype)
+
+    @parameterized.expand(all_codes())
+    def test_experts_of_every_rate_and_codebook(self, bits, codebook):
+        self._check_experts([Layer(256, 128, bits, codebook, seed=seed) for seed in range(3)], [2, 0, 1])
+
+    def test_experts_of_several_kinds(self):
+        """Each kind is a launch, which leaves the rows of the others alone, and finds its own behind and between them."""
+        kinds = [(2, "mcg"), (4, "mul1"), (2, "mcg"), (3.5, "3inst"), (2, "mul1"), (4, "mul1")]
+        layers = [Layer(200, 300, *kind, bias=True, seed=seed) for seed, kind in enumerate(kinds)]
+        layers[5].trellis = layers[5].trellis.transpose(0, 1).contiguous().transpose(0, 1)  # other strides
+        layers[2].svh = layers[2].svh.repeat_interleave(2)[::2]  # as good as contiguous ones
+        with mock.patch.object(triton_linear, "grouped_linear", wraps=triton_linear.grouped_linear) as launch:
+            for counts in ([1, 2, 3, 0, 1, 9], [0, 0, 5, 1, 0, 0], [0] * 6, [40, 0, 0, 0, 0, 1]):
+                launch.reset_mock()
+                self._check_experts(layers, counts)
+                self.assertEqual(launch.call_count, 5)
+
+    def _check_experts(self, layers, counts, dtype=torch.float32):
+        """With two rows that are no expert's."""
+        bounds = torch.tensor([0, *counts]).cumsum(0)
+        x = layers[0].inputs(int(bounds[-1]) + 2, dtype)
+        y = grouped_linear(layers, x, bounds)
         for layer, begin, end in zip(layers, bounds, bounds[1:]):
             if begin < end:
                 self.assertLess(relative_error(y[begin:end], layer.exact(x[begin:end])), TOLERANCE[dtype])
-        self.assertEqual((y.shape, y.dtype), (x.shape[:1] + (100,), dtype))
+        self.assertEqual((y.shape, y.dtype), (x.shape[:1] + (layers[0].out_features,), dtype))
         self.assertTrue((y[bounds[-1] :] == 0).all())
 
     def test_bad_experts_are_refused(self):
-        layer = Layer(256, 128)
-        stacks = [tensor[None].expand(3, *tensor.shape) for tensor in (layer.trellis, layer.suh, layer.svh)]
-        x, bounds = layer.inputs(3), torch.arange(4, dtype=torch.int32)
-        with self.assertRaisesRegex(ValueError, r"must be int32 \[4\], not torch.int64 \[4\]"):
-            gpu.grouped_linear(x, bounds.long(), *stacks, None, "mul1", 128)
-        with self.assertRaisesRegex(ValueError, r"must be int32 \[4\], not torch.int32 \[3\]"):
-            gpu.grouped_linear(x, bounds[:3], *stacks, None, "mul1", 128)
+        layers = [Layer(256, 128, seed=seed) for seed in range(3)]
+        x, bounds = layers[0].inputs(3), torch.arange(4)
+        with self.assertRaisesRegex(ValueError, r"3 experts need 4 bounds of their rows, not \[3\]"):
+            grouped_linear(layers, x, bounds[:3])
         with self.assertRaisesRegex(ValueError, "do not fit an input of 100"):
-            gpu.grouped_linear(x[:, :100], bounds, *stacks, None, "mul1", 128)
+            grouped_linear(layers, x[:, :100], bounds)
+        layers[1].codebook = "mul2"
+        with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'mul2'"):
+            grouped_linear(layers, x, bounds)
+        layers[1] = Layer(128, 128)
+        with self.assertRaisesRegex(ValueError, r"experts of \(128, 128\) features do not fit an input of 256"):
+            grouped_linear(layers, x, bounds)
+        layers[1] = Layer(256, 128)
+        layers[1].trellis = torch.zeros(16 * 8 * 64 + 1, dtype=torch.int16)[1:].view(16, 8, 64)
+        with self.assertRaisesRegex(ValueError, "multiples of 4"):
+            grouped_linear(layers, x, bounds)
+        layers[1].trellis = layers[1].trellis.to("meta")
+        with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
+            grouped_linear(layers, x, bounds)
+
+    def test_the_operator_of_experts(self):
+        """`exl3::grouped_linear` on the kernels, which ask nothing of the host, and on a GPU that has no use for them."""
+        layers = [Layer(200, 100, bits, seed=seed) for seed, bits in enumerate((2, 4, 2))]
+        arguments = [[getattr(layer, leaf) for layer in layers] for leaf in ("trellis", "suh", "svh")]
+        x, bounds = layers[0].inputs(7), torch.tensor([0, 4, 4, 6])
+
+        def run():
+            return ops.grouped_linear(x, bounds, *arguments, [], [format.CODEBOOKS.index("mul1")] * 3, 100)
+
+        expected = run()
+        with mock.patch.object(gpu, "is_available", lambda device: True):
+            with mock.patch.object(ops, "_groups", side_effect=AssertionError("the host was asked")):
+                self.assertLess(relative_error(run(), expected.double()), 1e-6)
+            turing = mock.patch.object(triton_linear, "row_tiles", lambda target: {})
+            with turing, mock.patch.object(gpu, "grouped_linear", side_effect=AssertionError("no matrix instruction")):
+                triton_linear.choose.cache_clear()
+                self.addCleanup(triton_linear.choose.cache_clear)
+                self.assertLess(relative_error(run(), expected.double()), 1e-6)
+
+    def test_experts_of_a_model(self):
+        """As on a GPU: with the tensors of all experts and with bounds that are computed on the device."""
+        module = experts_of_a_model()
+        x, weights = torch.randn(5, 128), torch.rand(5, 2)
+        index = torch.tensor([[0, 1], [3, 0], [1, 3], [0, 4], [4, 4]])  # 2 has no rows, 4 is nobody
+        expected = module(x, index, weights)
+        with (
+            mock.patch.object(torch.compiler, "is_compiling", lambda: True),
+            mock.patch.object(gpu, "is_available", lambda device: True),
+            mock.patch.object(gpu, "grouped_linear", wraps=gpu.grouped_linear) as grouped,
+            mock.patch.object(ops, "_groups", side_effect=AssertionError("the host was asked")),
+        ):
+            y = module(x, index, weights)
+        self.assertEqual([len(call.args[2]) for call in grouped.call_args_list], [4, 4, 4])
+        self.assertLess(relative_error(y, expected.double()), 1e-5)
+
+    def test_tables_of_addresses(self):
+        """Made once for each set of tensors, never while a graph is captured, and kept for those that captured it."""
+        layers = [Layer(256, 128, bits, seed=bits) for bits in (2, 3, 2)]
+        lists = [[getattr(layer, leaf) for layer in layers] for leaf in ("trellis", "suh", "svh")] + [[]]
+        device = torch.device("cpu")
+        members = experts.kinds(*lists, ["mul1"] * 3)
+        self.assertEqual(members, [[0, 2], [1]])
+        capturing = mock.patch.object(experts, "is_capturing", lambda device: True)
+        with capturing, self.assertRaisesRegex(RuntimeError, "Run the model once before"):
+            experts.table_of(members[0], lists, device)
+        table = experts.table_of(members[0], lists, device)
+        expected = [[tensors[0].data_ptr(), 0, tensors[2].data_ptr()] for tensors in lists[:3]] + [[0, 0, 0]]
+        self.assertEqual((table.dtype, table.tolist()), (torch.int64, expected))
+        self.assertIs(experts.table_of(members[0], lists, device), table)
+        self.assertIsNot(experts.table_of(members[1], lists, device), table)
+        lists[1][2] = lists[1][2].clone()
+        self.assertIsNot(experts.table_of(members[0], lists, device), table)
+        lists[1][2] = layers[2].suh
+        with capturing, mock.patch.dict(experts._in_graphs, clear=True):
+            self.assertIs(experts.table_of(members[0], lists, device), table)
+            self.assertIs(next(iter(experts._in_graphs.values())), table)
+            self.assertEqual(len(experts._in_graphs), 1)
 
     def test_operators(self):
         """`exl3::linear` with its gradients and `exl3::dequantize`, on the kernels."""

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The Triton kernels where they belong, and what happens on a GPU without a working Triton (for which none is needed)."""
 
+import copy
 import sys
 import unittest
 from unittest import mock
@@ -22,6 +23,7 @@ from parameterized import parameterized
 
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.kernels import experts as tables
 from transformers.integrations.exl3.kernels import gpu
 from transformers.testing_utils import require_torch, require_torch_accelerator, slow, torch_device
 
@@ -29,6 +31,8 @@ from .triton_cases import (
     TOLERANCE,
     Layer,
     all_codes,
+    experts_of_a_model,
+    grouped_linear,
     random_trellis,
     relative_error,
     require_compiler,
@@ -173,18 +177,21 @@ class Exl3TritonGpuTest(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
     def test_experts_in_a_graph(self):
-        """One graph for any distribution of rows over experts."""
-        experts, rows = 16, 64
-        layers = [Layer(1024, 512, 4, bias=True, device=torch_device, seed=seed) for seed in range(experts)]
-        stacks = [
-            torch.stack([getattr(layer, leaf) for layer in layers]) for leaf in ("trellis", "suh", "svh", "bias")
-        ]
+        """One graph for any distribution of rows over experts, and one that is refused: nothing has run before it."""
+        experts, rows, bits = 16, 64, (4, 4, 3)
+        layers = [Layer(1024, 512, bits[i % 3], bias=True, device=torch_device, seed=i) for i in range(experts)]
         x = layers[0].inputs(rows, torch.bfloat16)
-        bounds = torch.zeros(experts + 1, dtype=torch.int32, device=torch_device)
-        gpu.grouped_linear(x, bounds, *stacks, "mul1", 512)
+        bounds = torch.zeros(experts + 1, dtype=torch.long, device=torch_device)
+        with (
+            self.assertRaisesRegex(RuntimeError, "Run the model once before"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            grouped_linear(layers, x, bounds)
+        grouped_linear(layers, x, bounds)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = gpu.grouped_linear(x, bounds, *stacks, "mul1", 512)
+            y = grouped_linear(layers, x, bounds)
+        tables._table.cache_clear()  # the graph has what it needs
         for seed in range(5):
             generator = torch.Generator().manual_seed(seed)
             owners = torch.randint(0, (1, 3, experts)[seed % 3], (rows,), generator=generator).sort().values
@@ -192,6 +199,35 @@ class Exl3TritonGpuTest(unittest.TestCase):
             graph.replay()
             exact = torch.cat([layers[owner].exact(x[row : row + 1]) for row, owner in enumerate(owners)])
             self.assertLess(relative_error(y, exact), TOLERANCE[torch.bfloat16])
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
+    @torch.no_grad()
+    def test_experts_of_a_model_in_a_graph(self):
+        module = experts_of_a_model()
+        on_device = copy.deepcopy(module).to(torch_device)
+        x, index, weights = torch.randn(9, 128), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+        static = [tensor.to(torch_device) for tensor in (x, index, weights)]
+        on_device(*static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = on_device(*static)
+        for experts in (4, 3, 1):
+            index %= experts
+            static[1].copy_(index)
+            graph.replay()
+            self.assertLess(relative_error(y.cpu(), module(x, index, weights).double()), 1e-5)
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
+    @torch.no_grad()
+    def test_experts_of_a_model_compile_to_graphs(self):
+        """The first run of the compiled module makes the tables, while PyTorch prepares the memory of a graph."""
+        module = experts_of_a_model().to(torch_device)
+        x, index, weights = torch.randn(9, 128), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+        inputs = [tensor.to(torch_device) for tensor in (x, index, weights)]
+        compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+        found = [compiled(*inputs).clone() for _ in range(4)]
+        for y in found:
+            self.assertLess(relative_error(y, module(*inputs).double()), 1e-5)
 
     def test_several_streams(self):
         layers = [Layer(4096, 1024, bits, device=torch_device) for bits in (2, 3, 4, 5)]

@@ -21,6 +21,10 @@ import torch
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels import gpu
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+
+from .synthetic import random_linear
+from .tiny_models import tiny_model
 
 
 try:
@@ -71,6 +75,31 @@ class Layer:
         y = hadamard(hadamard(x) @ format.decode(self.trellis, self.codebook).double()) * self.svh.double()
         y = y if self.bias is None else y + self.bias.double()
         return y[..., : self.out_features]
+
+
+def grouped_linear(layers, x, bounds):
+    """What `ops.grouped_linear` has the kernels compute with `layers`, all of one output size."""
+    tensors = ([getattr(layer, leaf) for layer in layers] for leaf in ("trellis", "suh", "svh", "bias"))
+    lists = [[tensor for tensor in some if tensor is not None] for some in tensors]
+    return gpu.grouped_linear(x, bounds, *lists, [layer.codebook for layer in layers], layers[0].out_features)
+
+
+def experts_of_a_model():
+    """The four experts of a tiny model, of two rates, as a module."""
+    own = tiny_model("qwen3_moe")[0].model.layers[0].mlp.experts
+    hidden, width = own.gate_up_proj.shape[2], own.gate_up_proj.shape[1] // 2
+    names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
+    experts = []
+    for seed in range(own.num_experts):
+        sizes = {role: (hidden, width) if role != "down" else (width, hidden) for role in names}
+        bits = 2 if seed == 1 else 4
+        experts.append(
+            {
+                names[role]: Exl3Linear(*size, random_linear(*size[::-1], bits, seed=10 * seed + size[1])[0])
+                for role, size in sizes.items()
+            }
+        )
+    return Exl3Experts(experts, names, own)
 
 
 def relative_error(found, exact):

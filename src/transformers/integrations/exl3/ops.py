@@ -244,7 +244,14 @@ def grouped_linear(
 
     Raises:
         `ValueError`: Where the sizes do not fit each other.
+        `RuntimeError`: For tensors that are met for the first time while a CUDA graph is captured.
     """
+    counts = [len(tensors) for tensors in (trellis, suh, svh, bias or trellis, codebooks)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"EXL3 grouped linear: trellis, suh, svh, bias and codebooks are of {counts} groups")
+    if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
+        names = [format.CODEBOOKS[codebook] for codebook in codebooks]
+        return gpu.grouped_linear(x, bounds, trellis, suh, svh, bias, names, out_features)
     y = x.new_zeros(x.shape[0], out_features)
     few = []
     for group, rows in _groups(bounds):

@@ -32,10 +32,11 @@ from unittest import mock
 
 import torch
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.kernels import gpu
-from transformers.integrations.exl3.modules import Exl3Linear
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 
 ROUNDS = 9
@@ -146,6 +147,31 @@ def product_table(device, sizes, row_counts, rates):
 
 
 @torch.no_grad()
+def experts_table(device, hidden, width, count, row_counts, implementation):
+    """Experts of a mixture, 8 to a token (as in Qwen3 30B-A3B), against Transformers' own in bfloat16."""
+    print(f"\n| tokens, {count} experts | us | speed over bfloat16, {implementation} |\n|---|---|---|")
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=width, num_experts=count)
+    config._experts_implementation = implementation
+    with device:
+        plain = Qwen3MoeExperts(config).to(torch.bfloat16)
+    for parameter in plain.parameters():
+        parameter.normal_(std=0.02)
+    names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
+    sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+    experts = [{name: quantized_layer(*size, 4, device) for name, size in sizes.items()} for _ in range(count)]
+    ours, timer = Exl3Experts(experts, names, plain), Timer(device)
+    for rows in row_counts:
+        # Each token goes through all experts in turn, so that the cache does not hold the next ones.
+        turns = [torch.randperm(count, device=device).view(-1, 8) for _ in range(rows)]
+        indices = torch.stack(turns, dim=1)
+        x = torch.randn(rows, hidden, dtype=torch.bfloat16, device=device)
+        weights = torch.rand(rows, 8, dtype=torch.bfloat16, device=device)
+        calls = [lambda m=module: [m(x, index, weights) for index in indices] for module in (ours, plain)]
+        seconds = [total / len(indices) for total in timer.compare(*calls)]
+        print(f"| {rows} | {seconds[0] * 1e6:.1f} | {seconds[1] / seconds[0]:.2f} |", flush=True)
+
+
+@torch.no_grad()
 def tokens_a_second(model, tokens):
     """Of generating greedily with a static cache and compiled, after one run to warm up."""
     prompt = torch.ones(1, 16, dtype=torch.long, device=model.device)
@@ -232,6 +258,7 @@ def main():
     if arguments.tiny:
         with mock.patch.object(gpu, "is_available", lambda device: True):
             product_table(torch.device("cpu"), [(256, 128), (128, 384)], (1, 16, 130), (2, 3, 4))
+            experts_table(torch.device("cpu"), 128, 128, 16, (1, 3), "eager")
         print("\nThese times are the interpreter's and mean nothing.")
         return
     device = torch.device(torch.accelerator.current_accelerator() or "cpu")
@@ -240,6 +267,7 @@ def main():
     name = torch.get_device_module(device).get_device_name(device)
     print(f"{name}, torch {torch.__version__}, {torch.version.cuda or torch.version.hip or torch.version.xpu}\n")
     product_table(device, [(4096, 14336), (8192, 28672)], (1, 16, 2048), (2, 3, 4))
+    experts_table(device, 2048, 768, 128, (1, 16, 512), "grouped_mm")
     if not arguments.no_model:
         model_line(device, 4, 256)
 

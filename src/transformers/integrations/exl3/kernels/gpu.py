@@ -26,6 +26,7 @@ import torch
 from ....utils import logging
 from .. import format
 from ..hadamard import hadamard
+from .experts import is_capturing, kinds, table_of
 
 
 logger = logging.get_logger(__name__)
@@ -38,9 +39,17 @@ def is_available(device: torch.device) -> bool:
     """Whether the kernels work on `device`. Warns the first time when they should and do not."""
     if device.type not in DEVICE_TYPES:
         return False
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         return _imports()  # no time to compare results: that needs a copy to the host
     return _works(device)
+
+
+def has_grouped_linear(device: torch.device) -> bool:
+    """Whether `device`, on which the kernels work, has the matrix instructions that `grouped_linear` needs."""
+    from .triton_linear import row_tiles
+    from .triton_target import target_of
+
+    return bool(row_tiles(target_of(device)))
 
 
 @lru_cache
@@ -127,57 +136,45 @@ def linear(
 def grouped_linear(
     x: torch.Tensor,
     bounds: torch.Tensor,
-    trellis: torch.Tensor,
-    suh: torch.Tensor,
-    svh: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
+    trellis: list[torch.Tensor],
+    suh: list[torch.Tensor],
+    svh: list[torch.Tensor],
+    bias: list[torch.Tensor],
+    codebooks: list[str],
     out_features: int,
 ) -> torch.Tensor:
     """
-    The products of experts with their rows, without asking the device how many these are.
+    The operator `exl3::grouped_linear`, without asking the device how many rows an expert has: a launch for each kind of
+    experts, those with the same rate, codebook, sizes and strides. Needs `has_grouped_linear`.
 
-    Args:
-        x (`torch.Tensor`): `[rows, in_features]`, the rows of one expert next to each other.
-        bounds (`torch.Tensor`): int32 `[experts + 1]`: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
-        trellis, suh, svh, bias (`torch.Tensor`): As in `linear`, with the experts as a further dimension before.
-        codebook, out_features: As in `linear`.
-
-    Returns:
-        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`, with zeros in rows that are no expert's.
+    In a CUDA graph it works with tensors that have been multiplied before, see `experts.table_of`.
 
     Raises:
-        ValueError: As `linear`, for bounds of another dtype or length, and on a GPU that has no matrix instructions for it.
+        ValueError: As `linear`, for bounds that are not one more than there are experts, and for sizes that do not fit.
+        RuntimeError: For tensors that are met for the first time while a CUDA graph is captured.
     """
     from .triton_linear import grouped_linear as triton_grouped_linear
     from .triton_target import on, target_of
 
     _check_dtype("activations", x.dtype)
-    _check_codebook(codebook)
-    _check_devices(x, bounds, trellis, suh, svh, bias)
-    if bounds.dtype is not torch.int32 or bounds.shape != (trellis.shape[0] + 1,):
-        expected = f"int32 [{trellis.shape[0] + 1}]"
+    _check_devices(x, bounds, *trellis, *suh, *svh, *bias)
+    if bounds.shape != (len(codebooks) + 1,):
         raise ValueError(
-            f"the bounds of the experts' rows must be {expected}, not {bounds.dtype} {list(bounds.shape)}"
+            f"{len(codebooks)} experts need {len(codebooks) + 1} bounds of their rows, not {list(bounds.shape)}"
         )
-    sizes = (trellis.shape[1] * format.TILE, trellis.shape[2] * format.TILE)
-    if (format.padded(x.shape[-1]), suh.shape[-1], svh.shape[-1]) != (sizes[0], *sizes):
-        raise ValueError(
-            f"experts of {sizes} features do not fit an input of {x.shape[-1]} and scales of {suh.shape[-1]} and "
-            f"{svh.shape[-1]}"
-        )
-    with on(x.device):
-        return triton_grouped_linear(
-            x if x.stride(-1) == 1 else x.contiguous(),
-            bounds.contiguous(),
-            trellis,
-            suh,
-            svh,
-            bias,
-            codebook,
-            out_features,
-            target_of(x.device),
-        )
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    bounds = bounds.to(torch.int32).contiguous()
+    lists = [trellis, *([tensor.contiguous() for tensor in tensors] for tensors in (suh, svh, bias))]
+    y = x.new_zeros(x.shape[0], out_features)
+    for members in kinds(*lists, codebooks):
+        one = members[0]
+        tensors = [tensors[one] if tensors else None for tensors in lists]
+        _check_codebook(codebooks[one])
+        _check_sizes(x, *tensors[:3])
+        with on(x.device):
+            table = table_of(members, lists, x.device)
+            triton_grouped_linear(x, bounds, table, *tensors, codebooks[one], y, target_of(x.device))
+    return y
 
 
 def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
@@ -214,8 +211,16 @@ def _check_codebook(codebook):
 
 
 def _check_devices(*tensors):
-    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the tensors of an EXL3 layer and its input are on different devices: {names}")
+
+
+def _check_sizes(x, trellis, suh, svh):
+    sizes = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
+    if (format.padded(x.shape[-1]), suh.shape[0], svh.shape[0]) != (sizes[0], *sizes):
         raise ValueError(
-            f"the tensors of an EXL3 layer and its input are on different devices: {', '.join(sorted(devices))}"
+            f"experts of {sizes} features do not fit an input of {x.shape[-1]} and scales of {suh.shape[0]} and "
+            f"{svh.shape[0]}"
         )

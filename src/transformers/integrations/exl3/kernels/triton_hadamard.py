@@ -85,6 +85,7 @@ def _rotate_input(
     scales,
     counters,
     bounds,
+    table,
     row_count,
     in_features,
     features,
@@ -92,7 +93,6 @@ def _rotate_input(
     x_stride,
     counter_count,
     expert_count,
-    suh_step,
     ROWS: tl.constexpr,
     TERMS: tl.constexpr,
     ORDER: tl.constexpr,
@@ -102,8 +102,9 @@ def _rotate_input(
     is_row = rows < row_count
     if EXPERTS:
         expert = expert_of_row(bounds, rows, expert_count, EXPERTS)
-        is_row &= expert < expert_count
-        suh_of_rows = suh + (expert.to(tl.int64) * suh_step)[:, None]
+        address = tl.load(table + expert_count + expert, mask=expert < expert_count, other=0)
+        is_row &= address != 0
+        suh_of_rows = address.to(suh.dtype)[:, None]
     else:
         suh_of_rows = suh + (rows * 0)[:, None]
     first = tl.program_id(1) * span
@@ -207,13 +208,14 @@ def rotate_input(
     order: str = "natural",
     counters: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Activations to the operands of the product with the inner matrix: `hadamard(pad(x) * suh)` apart from the scales.
 
     Args:
         x (`torch.Tensor`): `[rows, in_features]`, float32, float16 or bfloat16, contiguous in its last dimension.
-        suh (`torch.Tensor`): `[in]`, or `[experts, in]` contiguous in its last dimension.
+        suh (`torch.Tensor`): `[in]`, contiguous; with a table only the size and the dtype matter.
         by_block (`bool`): A scale for each block of 128 features, else one for each row.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): Of the operands.
         terms (`int`, *optional*, defaults to 1): Operand rows of each row, which are to be added up: 1 or 2.
@@ -221,6 +223,8 @@ def rotate_input(
         counters (`torch.Tensor`, *optional*): int32, contiguous, set to zero on the way.
         bounds (`torch.Tensor`, *optional*): int32 `[experts + 1]`, with experts: the rows `bounds[e]` to `bounds[e + 1]` are
             those of expert `e`. Nothing is computed for rows after the last.
+        table (`torch.Tensor`, *optional*): With experts, the addresses of their tensors, see `experts.table_of`. Nothing is
+            computed for rows of experts that are not in it.
 
     Returns:
         `tuple(torch.Tensor)`: The operands `[rows * terms, in]`, of magnitudes below 1, and what they are to be multiplied
@@ -238,6 +242,7 @@ def rotate_input(
         scales,
         counters if counters is not None else scales,
         bounds if bounds is not None else scales,
+        table if table is not None else scales,
         rows,
         x.shape[1],
         features,
@@ -245,7 +250,6 @@ def rotate_input(
         x.stride(0),
         0 if counters is None else counters.numel(),
         0 if bounds is None else bounds.shape[0] - 1,
-        0 if bounds is None else suh.stride(0),
         ROWS=per_program,
         TERMS=terms,
         ORDER=order,

@@ -48,11 +48,15 @@ _COLUMN_TILES = tl.constexpr(format.BLOCK // format.TILE)
 
 
 @triton.jit
-def _rows_of_tile(bounds, tile, expert_count, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """The expert that tile number `tile` of up to `ROWS` rows of one expert belongs to, its first row and the end of its rows."""
+def _rows_of_tile(bounds, table, tile, expert_count, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """
+    The expert that tile number `tile` of up to `ROWS` rows of one expert belongs to, its first row and the end of its rows.
+    Experts that are not in the table have no tiles.
+    """
     expert = tl.arange(0, EXPERTS)
-    begins = tl.load(bounds + expert, mask=expert < expert_count, other=0)
-    ends = tl.load(bounds + expert + 1, mask=expert < expert_count, other=0)
+    is_here = tl.load(table + expert, mask=expert < expert_count, other=0) != 0
+    begins = tl.load(bounds + expert, mask=is_here, other=0)
+    ends = tl.load(bounds + expert + 1, mask=is_here, other=0)
     tile_ends = tl.cumsum((ends - begins + ROWS - 1) // ROWS, axis=0)
     before = tile_ends <= tile
     mine = tl.sum(before.to(tl.int32), axis=0)
@@ -77,6 +81,7 @@ def _product(
     bias,
     y,
     bounds,
+    table,
     operand_rows,
     row_count,
     blocks,
@@ -86,9 +91,6 @@ def _product(
     y_stride,
     split_blocks,
     expert_count,
-    trellis_step,
-    svh_step,
-    bias_step,
     K2: tl.constexpr,
     CODEBOOK: tl.constexpr,
     PTX: tl.constexpr,
@@ -105,12 +107,12 @@ def _product(
     end = tl.minimum(first + split_blocks, blocks)
 
     if EXPERTS:
-        expert, begin, row_end = _rows_of_tile(bounds, row_tile, expert_count, EXPERTS, OPERAND_ROWS // TERMS)
+        expert, begin, row_end = _rows_of_tile(bounds, table, row_tile, expert_count, EXPERTS, OPERAND_ROWS // TERMS)
         if begin >= row_end:
             return
-        trellis += expert.to(tl.int64) * trellis_step
-        svh += expert.to(tl.int64) * svh_step
-        bias += expert.to(tl.int64) * bias_step
+        trellis = tl.load(table + expert).to(trellis.dtype)
+        svh = tl.load(table + 2 * expert_count + expert).to(svh.dtype)
+        bias = tl.load(table + 3 * expert_count + expert).to(bias.dtype)
     else:
         begin, row_end = row_tile * (OPERAND_ROWS // TERMS), row_count
     trellis += first.to(tl.int64) * 8 * in_stride + column.to(tl.int64) * _COLUMN_TILES * out_stride
@@ -256,51 +258,42 @@ def linear(
 def grouped_linear(
     x: torch.Tensor,
     bounds: torch.Tensor,
+    table: torch.Tensor,
     trellis: torch.Tensor,
     suh: torch.Tensor,
     svh: torch.Tensor,
     bias: torch.Tensor | None,
     codebook: str,
-    out_features: int,
+    y: torch.Tensor,
     target: Target,
-) -> torch.Tensor:
+):
     """
     The products of the rows of each expert with that expert's weight. Only experts that have rows are decoded, and the host
     need not know which these are.
 
     Args:
         x (`torch.Tensor`): `[rows, in_features]`, the rows of one expert next to each other, as in `linear` otherwise.
-        bounds (`torch.Tensor`): int32 `[experts + 1]` on the device: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
-        trellis (`torch.Tensor`): int16 `[experts, in/16, out/16, 16K]`, of any strides but the last.
-        suh, svh (`torch.Tensor`): `[experts, in]` and `[experts, out]`, contiguous in their last dimension.
-        bias (`torch.Tensor`, *optional*): `[experts, out_features]` or more, contiguous in its last dimension.
-        codebook, out_features, target: As in `linear`.
-
-    Returns:
-        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`; zeros in rows before the first bound and after the last.
-
-    Raises:
-        ValueError: On a GPU without the matrix instructions that the product needs.
+        bounds (`torch.Tensor`): int32 `[experts + 1]`: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
+        table (`torch.Tensor`): int64 `[4, experts]`, the addresses of the experts' tensors, see `experts.table_of`.
+        trellis, suh, svh, bias (`torch.Tensor`): Of one of these experts, as in `linear`. All in the table have the shapes,
+            strides and dtypes of these.
+        codebook (`str`): One of `format.CODEBOOKS`.
+        y (`torch.Tensor`): `[rows, out_features]`, the result. Rows that are not of an expert in the table are left alone.
+        target (`Target`): The device that the tensors are on, one that `row_tiles` has something for.
     """
     tiles = row_tiles(target)
-    if not tiles:
-        raise ValueError(
-            f"the grouped product of EXL3 needs matrix instructions of sm_80 or newer, this is {target.arch}"
-        )
-    y = x.new_zeros(x.shape[0], out_features)
     terms = 2 if x.dtype is torch.float32 else 1
     for start in range(0, x.shape[0], GROUPED_ROWS):
         part = slice(start, start + GROUPED_ROWS)
         rows = x[part]
-        options = choose(min(triton.cdiv(rows.shape[0], trellis.shape[0]) * terms, max(tiles)), target, codebook, True)
+        options = choose(min(triton.cdiv(rows.shape[0], table.shape[1]) * terms, max(tiles)), target, codebook, True)
         part_bounds = bounds if rows.shape[0] == x.shape[0] else (bounds - start).clamp(0, rows.shape[0])
-        _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_bounds)
-    return y
+        _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_bounds, table)
 
 
-def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, bounds=None):
-    words = as_words(trellis if bounds is None else trellis[0])
-    rows, blocks, columns = x.shape[0], suh.shape[-1] // format.BLOCK, svh.shape[-1] // format.BLOCK
+def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, bounds=None, table=None):
+    words = as_words(trellis)
+    rows, blocks, columns = x.shape[0], suh.shape[0] // format.BLOCK, svh.shape[0] // format.BLOCK
     experts = 0 if bounds is None else bounds.shape[0] - 1
     tile_rows = options.operand_rows // terms
     tiles = triton.cdiv(rows, tile_rows) if bounds is None else min(rows, experts + rows // tile_rows)
@@ -309,9 +302,9 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, b
     splits = triton.cdiv(blocks, split_blocks)
     counters = x.new_empty(tiles * columns, dtype=torch.int32)
     operand, scales = rotate_input(
-        x, suh, by_block=True, terms=terms, order=options.order, counters=counters, bounds=bounds
+        x, suh, by_block=True, terms=terms, order=options.order, counters=counters, bounds=bounds, table=table
     )
-    partial = x.new_empty(splits, rows * terms, svh.shape[-1], dtype=torch.float32)
+    partial = x.new_empty(splits, rows * terms, svh.shape[0], dtype=torch.float32)
     _product[(columns, splits, tiles)](
         operand,
         scales,
@@ -322,6 +315,7 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, b
         svh if bias is None else bias,
         y,
         counters if bounds is None else bounds,
+        counters if table is None else table,
         rows * terms,
         rows,
         blocks,
@@ -331,9 +325,6 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, b
         y.stride(0),
         split_blocks,
         experts,
-        trellis.stride(0) // 2 if experts else 0,  # in words
-        svh.stride(0) if experts else 0,
-        bias.stride(0) if experts and bias is not None else 0,
         K2=words.shape[2] // 4,
         CODEBOOK=codebook,
         PTX=target.ptx,
