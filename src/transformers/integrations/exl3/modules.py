@@ -310,7 +310,7 @@ def _grouped(layers: list[Exl3Linear], x: torch.Tensor, bounds: torch.Tensor) ->
         [layer.codes for layer in layers],
         [suh for suh, _ in scales],
         [svh for _, svh in scales],
-        [layer.bias for layer in layers if layer.bias is not None],
+        [] if layers[0].bias is None else [layer.bias for layer in layers],
         [format.CODEBOOKS.index(layer.codebook) for layer in layers],
         layers[0].out_features,
     )
@@ -344,7 +344,7 @@ class Exl3Experts(Exl3Module):
             self.add_module(str(index), Exl3Expert(projections))
 
     def projection(self, expert: int, role: str) -> nn.Module:
-        return getattr(self.get_submodule(str(expert)), self.names[role])
+        return self._modules[str(expert)]._modules[self.names[role]]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

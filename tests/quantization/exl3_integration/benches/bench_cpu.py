@@ -19,7 +19,8 @@ Speed of the compiled CPU kernels against the peers that run on CPUs, each ratio
 A layer is `in x out`. Contenders take turns, times are medians; each has several copies of its weights, used one after the
 other, so that they come from memory as in a model. The peers: torch's bf16 and fp32 linear layers, torch's int4 product
 (groups of 128), and bitsandbytes' nf4 where it is installed. `--model` instead generates text with a Llama-shaped model of
-about one billion parameters with random weights, in bf16 and at 4 bits.
+about one billion parameters with random weights, in bf16 and at 4 bits; `--experts` compares a layer of experts with the sum
+of the products that it consists of.
 
 OpenMP's threads are bound to cores (`OMP_PROC_BIND=true`): virtual machines may otherwise put several on one.
 """
@@ -38,11 +39,12 @@ if os.environ.get("OMP_PROC_BIND") is None:
 
 import torch
 
-from transformers import LlamaConfig, LlamaForCausalLM, logging
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, logging
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.checkpoint import linear_tensors
 from transformers.integrations.exl3.kernels import cpu
-from transformers.integrations.exl3.modules import Exl3Linear
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 
 LAYERS = ("4096x4096", "4096x14336", "14336x4096", "896x4864")
@@ -184,12 +186,53 @@ def model_table(bits):
         print(f"| {name} | {speed:.1f} | {speed / medians['bf16']:.2f} |")
 
 
+@torch.inference_mode()
+def experts_table(count=64, active=8, hidden=2048, intermediate=768):
+    """A layer of experts as Qwen3-MoE has it, at 4 bits, on single tokens and on more."""
+    config = Qwen3MoeConfig(
+        hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=count, num_experts_per_tok=active
+    )
+    with torch.device("meta"):
+        plain = Qwen3MoeExperts(config)
+    shapes = {
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    layers = [{name: random_exl3_linear(*shape, 4) for name, shape in shapes.items()} for _ in range(count)]
+    experts = Exl3Experts(layers, names, plain)
+    print(
+        f"\n| tokens | {active} of {count} experts, {hidden} x {intermediate} (ms) | the sum of their products (ms) |\n|---|---|---|"
+    )
+    for tokens in (1, 16, 128):
+        x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+        chosen = torch.stack([torch.randperm(count)[:active] for _ in range(tokens)])
+        weights = torch.full(chosen.shape, 1 / active, dtype=torch.bfloat16)
+        inputs = {name: torch.randn(tokens, shape[0], dtype=torch.bfloat16) for name, shape in shapes.items()}
+        rows = torch.bincount(chosen.flatten(), minlength=count).tolist()
+        products = [
+            (layer, inputs[name][:number])
+            for number, parts in zip(rows, layers)
+            if number
+            for name, layer in parts.items()
+        ]
+
+        def one_by_one(_):
+            for layer, some in products:
+                layer(some)
+
+        seconds = medians({"layer": [lambda x: experts(x, chosen, weights)], "sum": [one_by_one]}, x)
+        print(f"| {tokens} | {1e3 * seconds['layer']:.3f} | {1e3 * seconds['sum']:.3f} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--rows", nargs="+", type=int, default=(1, 8, 512))
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--model", action="store_true", help="generate with a whole model instead")
+    parser.add_argument("--experts", action="store_true", help="measure a layer of experts instead")
     parser.add_argument("--bits", type=float, default=4, help="of that model")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -199,5 +242,7 @@ if __name__ == "__main__":
     print(f"instruction set: {cpu.isa()}, {', '.join(versions)}; speeds over bf16\n")
     if arguments.model:
         model_table(format.check_bits(arguments.bits))
+    elif arguments.experts:
+        experts_table()
     else:
         layer_table(arguments.layers, arguments.rows, arguments.threads)

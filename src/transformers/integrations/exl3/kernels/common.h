@@ -16,6 +16,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
@@ -158,14 +159,19 @@ struct Rows {
   int32_t dtype;
 };
 
-// What `exl3_linear` computes: `y = x @ W + bias`. Sizes are in features, tiles or elements.
+// Codes of a weight. Strides are in words.
+struct Trellis {
+  const int16_t* data;  // [in_tiles, out_tiles, 16 K], each tile contiguous
+  int64_t row_stride, column_stride, in_tiles, out_tiles;
+  int32_t twice_bits, codebook;
+};
+
+// What `exl3_linear` computes: `y = x @ W + bias`.
 struct LinearCall {
   Rows x, y;  // [rows, in_features] and [rows, out_features]
   Rows suh, svh, bias;
-  const int16_t* trellis;  // [in_tiles, out_tiles, 16 K], each tile contiguous
-  int64_t row_stride, column_stride;
-  int64_t rows, in_features, out_features, in_tiles, out_tiles;
-  int32_t twice_bits, codebook;
+  Trellis trellis;
+  int64_t rows, in_features, out_features;
 };
 
 // What `exl3_rotate` computes: `y = hadamard(x * before) * after + bias`.
@@ -179,9 +185,7 @@ struct RotateCall {
 struct DecodeCall {
   Rows y;         // [16 out_tiles, 16 in_tiles]
   Rows suh, svh;  // of `exl3_dequantize` alone
-  const int16_t* trellis;
-  int64_t row_stride, column_stride, in_tiles, out_tiles;
-  int32_t twice_bits, codebook;
+  Trellis trellis;
 };
 
 // A tile is stored as 32 lanes of 8 codes, in the order of a tensor core's operand. Codes are kept in memory lane by lane,

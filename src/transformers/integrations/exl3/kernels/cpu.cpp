@@ -41,7 +41,7 @@
 
 namespace {
 
-constexpr int ABI_VERSION = 2;  // `cpu.ABI_VERSION`: raised with every change of a signature below
+constexpr int ABI_VERSION = 3;  // `cpu.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int WINDOW = 80;         // `encoder.BOUNDARY_WINDOW`
 constexpr int MAX_LANES = 16;      // floats in the longest vector
@@ -229,7 +229,7 @@ EXPORT int32_t exl3_search(const float* tiles, int64_t count, int32_t twice_bits
 // `ops.linear` for each of `count` calls, which share the threads.
 EXPORT int32_t exl3_linear(const LinearCall* calls, int64_t count, int32_t threads) {
   for (int64_t i = 0; i < count; ++i)
-    if (rate_index(calls[i].twice_bits) < 0) return NO_SUCH_RATE;
+    if (rate_index(calls[i].trellis.twice_bits) < 0) return NO_SUCH_RATE;
   return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads); });
 }
 
@@ -240,10 +240,10 @@ EXPORT int32_t exl3_rotate(const RotateCall* call, int32_t threads) {
 
 // `format.decode`, transposed.
 EXPORT int32_t exl3_decode(const DecodeCall* call, int32_t threads) {
-  return run(call->twice_bits, [&](const Isa& isa) { isa.decode(*call, threads); });
+  return run(call->trellis.twice_bits, [&](const Isa& isa) { isa.decode(*call, threads); });
 }
 
 // `ops.dequantize`.
 EXPORT int32_t exl3_dequantize(const DecodeCall* call, int32_t threads) {
-  return run(call->twice_bits, [&](const Isa& isa) { isa.dequantize(*call, threads); });
+  return run(call->trellis.twice_bits, [&](const Isa& isa) { isa.dequantize(*call, threads); });
 }

@@ -22,6 +22,7 @@ them, and on any number of threads: `torch.get_num_threads()` are used, those of
 
 import ctypes
 import os
+import struct
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from .. import format
 logger = logging.get_logger(__name__)
 
 LIBRARY = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
-ABI_VERSION = 2  # as in cpu.cpp
+ABI_VERSION = 3  # as in cpu.cpp
 
 _STATUS = {
     1: "it knows no such rate",
@@ -45,37 +46,12 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in common.h
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", _POINTER), ("stride", _LONG), ("dtype", _INT)]
-
-
-class _LinearCall(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("x", "y", "suh", "svh", "bias")),
-        ("trellis", _POINTER),
-        *((name, _LONG) for name in ("row_stride", "column_stride", "rows", "in_features", "out_features")),
-        *((name, _LONG) for name in ("in_tiles", "out_tiles")),
-        ("twice_bits", _INT),
-        ("codebook", _INT),
-    ]
-
-
-class _RotateCall(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("x", "y", "before", "after", "bias")),
-        *((name, _LONG) for name in ("rows", "in_features", "out_features")),
-    ]
-
-
-class _DecodeCall(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("y", "suh", "svh")),
-        ("trellis", _POINTER),
-        *((name, _LONG) for name in ("row_stride", "column_stride", "in_tiles", "out_tiles")),
-        ("twice_bits", _INT),
-        ("codebook", _INT),
-    ]
-
+# The structures of common.h, which `struct` fills faster than ctypes: rows of numbers are a pointer, a stride and a dtype.
+_ROWS, _NO_ROWS = "Pqi", (0, 0, 0)
+_TRELLIS = "Pqqqqii"  # as `_trellis` returns it
+_LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqq0P")
+_ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
+_DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
 _SIGNATURES = {
     "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _POINTER, _INT],
@@ -181,17 +157,24 @@ def linear(layers: list[tuple], out: list[torch.Tensor]):
         ValueError: For tensors of other dtypes, layouts or devices, and for an unknown rate or codebook.
         RuntimeError: If the kernels are missing.
     """
-    calls, kept = (_LinearCall * len(layers))(), []
-    for call, (x, trellis, suh, svh, bias, codebook), y in zip(calls, layers, out, strict=True):
+    calls, kept = bytearray(_LINEAR_CALL.size * len(layers)), []
+    for index, ((x, trellis, suh, svh, bias, codebook), y) in enumerate(zip(layers, out, strict=True)):
         trellis, x = _tiles(trellis), x.contiguous()
         _check_sizes(x, trellis, suh, svh, bias, y)
-        call.x, call.y, call.suh, call.svh = _rows(x), _rows(y), _rows(suh), _rows(svh)
-        if bias is not None:
-            call.bias = _rows(bias)
-        (call.rows, call.in_features), call.out_features = x.shape, y.shape[1]
-        _set_trellis(call, trellis, codebook)
+        _LINEAR_CALL.pack_into(
+            calls,
+            index * _LINEAR_CALL.size,
+            *_rows(x),
+            *_rows(y),
+            *_rows(suh),
+            *_rows(svh),
+            *_rows(bias),
+            *_trellis(trellis, codebook),
+            *x.shape,
+            y.shape[1],
+        )
         kept.append((x, trellis))  # until the calls are done
-    _call("exl3_linear", ctypes.byref(calls), len(calls), torch.get_num_threads())
+    _call("exl3_linear", _address(calls), len(layers), torch.get_num_threads())
 
 
 def rotate(
@@ -221,13 +204,9 @@ def rotate(
     if not fits or (bias is not None and (bias.dim() != 1 or bias.shape[0] < out.shape[1])):
         tensors = {"x": x, "before": before, "after": after, "bias": bias, "out": out}
         raise ValueError(f"the sizes of a rotation do not fit each other: {_shapes(tensors)}")
-    call = _RotateCall(x=_rows(x), y=_rows(out), rows=x.shape[0], in_features=x.shape[1], out_features=out.shape[1])
-    for name, scale in (("before", before), ("after", after)):
-        if scale is not None:
-            setattr(call, name, _rows(scale))
-    if bias is not None:
-        call.bias = _rows(bias)
-    _call("exl3_rotate", ctypes.byref(call), torch.get_num_threads())
+    rows = (*_rows(x), *_rows(out), *_rows(before), *_rows(after), *_rows(bias))
+    call = bytearray(_ROTATE_CALL.pack(*rows, x.shape[0], x.shape[1], out.shape[1]))
+    _call("exl3_rotate", _address(call), torch.get_num_threads())
     return out
 
 
@@ -248,9 +227,8 @@ def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype = torch.floa
     """
     trellis = _tiles(trellis)
     inner = torch.empty(trellis.shape[1] * format.TILE, trellis.shape[0] * format.TILE, dtype=dtype)
-    call = _DecodeCall(y=_rows(inner))
-    _set_trellis(call, trellis, codebook)
-    _call("exl3_decode", ctypes.byref(call), torch.get_num_threads())
+    call = bytearray(_DECODE_CALL.pack(*_rows(inner), *_NO_ROWS, *_NO_ROWS, *_trellis(trellis, codebook)))
+    _call("exl3_decode", _address(call), torch.get_num_threads())
     return inner.T
 
 
@@ -262,9 +240,8 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
         tensors = {"trellis": trellis, "suh": suh, "svh": svh}
         raise ValueError(f"the sizes of a weight do not fit each other: {_shapes(tensors)}")
     weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32)
-    call = _DecodeCall(y=_rows(weight), suh=_rows(suh), svh=_rows(svh))
-    _set_trellis(call, trellis, codebook)
-    _call("exl3_dequantize", ctypes.byref(call), torch.get_num_threads())
+    call = bytearray(_DECODE_CALL.pack(*_rows(weight), *_rows(suh), *_rows(svh), *_trellis(trellis, codebook)))
+    _call("exl3_dequantize", _address(call), torch.get_num_threads())
     return weight
 
 
@@ -290,22 +267,30 @@ def _shapes(tensors):
     return ", ".join(f"{name} {_describe(tensor)}" for name, tensor in tensors.items() if tensor is not None)
 
 
-def _set_trellis(call, trellis, codebook):
+def _trellis(trellis, codebook):
+    """A trellis for the library: where it is, its strides, its size in tiles, twice its bits per weight, its codebook."""
     if codebook not in format.CODEBOOKS:
         raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
-    call.trellis, call.row_stride, call.column_stride = trellis.data_ptr(), trellis.stride(0), trellis.stride(1)
-    call.in_tiles, call.out_tiles = trellis.shape[0], trellis.shape[1]
-    call.twice_bits, call.codebook = trellis.shape[2] // 8, format.CODEBOOKS.index(codebook)
+    rows, columns, words = trellis.shape
+    row_stride, column_stride, _ = trellis.stride()
+    codebook = format.CODEBOOKS.index(codebook)
+    return trellis.data_ptr(), row_stride, column_stride, rows, columns, words // 8, codebook
 
 
 def _rows(tensor):
     """A tensor for the library: rows of numbers, contiguous each and evenly spaced."""
+    if tensor is None:
+        return _NO_ROWS
     if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or (tensor.numel() and tensor.stride(-1) != 1):
         raise ValueError(
             f"the EXL3 kernels take contiguous rows of float32, float16 or bfloat16 on the CPU: {_describe(tensor)}"
         )
-    stride = tensor.stride(-2) if tensor.dim() > 1 else 0
-    return _Rows(tensor.data_ptr(), stride, DTYPES[tensor.dtype])
+    return tensor.data_ptr(), tensor.stride(-2) if tensor.dim() > 1 else 0, DTYPES[tensor.dtype]
+
+
+def _address(structures):
+    """Pointer to the bytes of a `bytearray`, which lives as long as this."""
+    return (ctypes.c_char * len(structures)).from_buffer(structures)
 
 
 @lru_cache
