@@ -291,6 +291,27 @@ class Exl3OtherKernelsTest(KernelTest):
         expected = hadamard(hadamard(inner.float()).T) * suh.float() * svh[:, None].float()
         self.assertTrue(torch.equal(cpu.dequantize(trellis, suh, svh, codebook), expected))
 
+    @parameterized.expand([(slice(2, 5), slice(3, 9)), (slice(0, 8, 2), slice(0, 16)), (slice(0, 8), slice(0, 16, 3))])
+    def test_decoding_slices(self, rows, columns):
+        trellis = torch.randint(-(2**15), 2**15, (8, 16, 48)).to(torch.int16)[rows, columns]
+        self.assertTrue(torch.equal(cpu.decode(trellis, "mcg"), format.decode(trellis, "mcg").float()))
+
+    def test_decoding_nothing(self):
+        self.assertEqual(cpu.decode(torch.empty(0, 8, 48, dtype=torch.int16), "mul1").shape, (0, 128))
+
+    def test_decoding_refuses_what_it_cannot_read(self):
+        for trellis in (
+            torch.zeros(8, 8, 64),
+            torch.zeros(8, 64).short(),
+            torch.zeros(8, 8, 64, device="meta").short(),
+        ):
+            with self.assertRaisesRegex(ValueError, "a trellis is int16"):
+                cpu.decode(trellis, "mul1")
+        with self.assertRaisesRegex(ValueError, "no rate"):
+            cpu.decode(torch.zeros(8, 8, 50).short(), "mul1")
+        with self.assertRaisesRegex(ValueError, "contiguous rows of float32, float16 or bfloat16"):
+            cpu.decode(torch.zeros(8, 8, 64).short(), "mul1", torch.float64)
+
     @parameterized.expand(itertools.product(ISAS, DTYPES, DTYPES))
     def test_rotating(self, isa, source, target):
         self.force(isa)

@@ -14,9 +14,8 @@
 """
 Quantizing a weight to EXL3 without data: regularize the matrix, then search the trellis of each of its tiles.
 
-`search_reference` is the definition of the search in plain torch. The compiled one of `kernels/cpu.cpp` does the same
-operations in fp32 and returns the same states. All sums are elementwise additions in a fixed order, so that the same
-weight, rate, codebook and seed give the same bytes on every machine and on any number of threads.
+The search is that of search.py. All sums are elementwise additions in a fixed order, so that the same weight, rate,
+codebook and seed give the same bytes on every machine and on any number of threads.
 """
 
 import math
@@ -27,89 +26,12 @@ import torch
 
 from . import format
 from .hadamard import hadamard
+from .search import INPUT_RMS, search_reference
 
-
-# The RMS of the matrix to code, in units of a codebook's values, at which the mean squared error relative to it is least:
-# measured on samples of N(0, 1), 2**17 up to K=4 and 2**18 above, where it falls since the largest value of a codebook is
-# only about 3.3 times its RMS. 0.05 beside it the error grows by 0.02 dB at K=2 and by 0.1 dB at K=8.
-INPUT_RMS = {
-    "mul1": {1: 1.14, 1.5: 1.04, 2: 1.0, 2.5: 0.97, 3: 0.95, 3.5: 0.93, 4: 0.91, 5: 0.88, 6: 0.85, 7: 0.81, 8: 0.77},
-    "mcg": {1: 1.43, 1.5: 1.3, 2: 1.24, 2.5: 1.21, 3: 1.18, 3.5: 1.17, 4: 1.15, 5: 1.08, 6: 1.0, 7: 0.96, 8: 0.92},
-    "3inst": {1: 1.43, 1.5: 1.3, 2: 1.24, 2.5: 1.21, 3: 1.18, 3.5: 1.16, 4: 1.14, 5: 1.08, 6: 1.0, 7: 0.96, 8: 0.92},
-}
-
-# The state between a tile's last and first weight is taken from a search of its last and first 80 weights. All 128 take a
-# quarter longer and lower the error by 0.02 dB at K=1 and 0.01 dB above; 64 of them would raise it by as much again.
-BOUNDARY_WINDOW = 80
 
 STRIP_ELEMENTS = 1 << 19  # about as many weights are regularized and searched at a time: bounds the scratch memory
-REFERENCE_TILES = 8  # tiles that the reference searches at a time, each with 256 KiB for every intermediate
 BALANCE_ROUNDS = 10  # alternations of rows and columns that bring the energies of blocks together
 FP16_EXPONENT = 15  # scales start below 2**15, fp16 ends at 2**16: room for fitting them again
-
-
-def search_reference(tiles: torch.Tensor, bits: float, codebook: str) -> torch.Tensor:
-    """The states whose values are nearest to `tiles`, by exact Viterbi search of the ring that each tile is.
-
-    A ring has no end to search from. So first the state between its last and its first weight is found: the cheapest path
-    through the last and the first `BOUNDARY_WINDOW` weights, free at both ends, is taken to pass it rightly. Then the
-    cheapest path is searched that starts and ends there.
-
-    Args:
-        tiles (`torch.Tensor`): fp32 `[n, 256]`, in stream order and in units of the codebook's values, finite.
-        bits (`float`): Bits per weight, one of `format.BITS`.
-        codebook (`str`): One of `format.CODEBOOKS`.
-
-    Returns:
-        `torch.Tensor`: int32 `[n, 256]`, to be packed by `format.pack_states`.
-
-    Raises:
-        ValueError: For an unknown rate or codebook.
-    """
-    values = format.codebook_values(codebook, tiles.device).float()
-    states = torch.empty(tiles.shape, dtype=torch.int32, device=tiles.device)
-    ends = format.stream_ends(format.check_bits(bits))
-    added = [ends[0], ends[1] - ends[0]]  # bits that even and odd weights add to the stream
-    for some, result in zip(tiles.split(REFERENCE_TILES), states.split(REFERENCE_TILES)):
-        around = some.roll(BOUNDARY_WINDOW, 1)[:, : 2 * BOUNDARY_WINDOW]
-        boundary = _cheapest_path(around, added, values)[:, BOUNDARY_WINDOW] >> added[0]
-        result.copy_(_cheapest_path(some, added, values, boundary))
-    return states
-
-
-def _cheapest_path(weights, added, values, boundary=None):
-    """The states `[n, steps]` of the cheapest path along `weights` `[n, steps]`, from and to the nodes `boundary` `[n]`.
-
-    Between two weights stands a node: the bits that their states share. A step of `shift` bits leads from node
-    `state >> shift` to the low bits of `state`; the high bits, which the next step shifts out, are the choice to make.
-    The cost of a node is `min(cost[state >> shift] + (values[state] - weight)**2)`, each operation rounded to fp32, and
-    of equal costs that of the smallest state counts.
-    """
-    rows, steps = weights.shape
-    node_bits = format.STATE_BITS - added[0]
-    cost = torch.zeros(rows, 1 << node_bits, device=weights.device)
-    if boundary is not None:
-        cost.fill_(float("inf")).scatter_(1, boundary[:, None].long(), 0)
-    choices = []
-    for step in range(steps):
-        shift, choice_bits = added[step % 2], added[(step + 1) % 2]
-        difference = values - weights[:, step, None]
-        candidates = cost.repeat_interleave(1 << shift, 1) + difference * difference
-        candidates = candidates.unflatten(1, (1 << choice_bits, -1))
-        cost = candidates.amin(1)
-        index = torch.arange(1 << choice_bits, dtype=torch.uint8, device=weights.device)[:, None]
-        choices.append(torch.where(candidates == cost[:, None], index, index[-1:]).amin(1))
-    # The smallest index, which argmin does not promise.
-    nodes = torch.arange(1 << node_bits, device=weights.device)
-    last = torch.where(cost == cost.amin(1, True), nodes, nodes[-1]).amin(1)
-    node = last if boundary is None else boundary.long()
-    states = torch.empty(rows, steps, dtype=torch.int32, device=weights.device)
-    for step in reversed(range(steps)):
-        choice = choices[step].gather(1, node[:, None]).squeeze(1).long()
-        state = (choice << (format.STATE_BITS - added[(step + 1) % 2])) | node
-        states[:, step] = state
-        node = state >> added[step % 2]
-    return states
 
 
 def seed_of(name: str) -> int:

@@ -16,7 +16,8 @@ Speed, error and memory of quantizing to EXL3 on this machine's CPU.
 
     python tests/quantization/exl3_integration/benches/bench_encoder.py [--tiles 512] [--codebook mul1] [--memory 4096]
 
-Speeds are medians of three. The gap is that of the mean squared error on N(0, 1) to the least possible, `2 ** (-2 * K)`.
+Speeds are medians of three. The gap is that of the mean squared error on N(0, 1) to the least possible, `2 ** (-2 * K)`,
+the loss what the error exceeds that of the exact search by.
 """
 
 import argparse
@@ -28,42 +29,48 @@ import time
 
 import torch
 
-from transformers.integrations.exl3 import encoder, format
+from transformers.integrations.exl3 import encoder, format, search
 from transformers.integrations.exl3.kernels import cpu
+
+
+def timed(call):
+    """The result of `call()`, and the median of three times that it took."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+    return result, sorted(times)[1]
 
 
 def search_table(count, codebook):
     values = format.codebook_values(codebook).float()
     threads = sorted({1, torch.get_num_threads()})
     header = "".join(f" | k weights/s, {number} threads" for number in threads)
-    print(f"instruction set: {cpu.isa()}, codebook: {codebook}\n\n| K{header} | gap to the bound (dB) |")
-    print("|---" * (len(threads) + 2) + "|")
+    print(f"instruction set: {cpu.isa()}, codebook: {codebook}\n\n| K{header} | gap to the bound (dB) | loss (dB) |")
+    print("|---" * (len(threads) + 3) + "|")
     for bits in format.BITS:
-        scale = encoder.INPUT_RMS[codebook][bits]
+        scale = search.INPUT_RMS[codebook][bits]
         tiles = torch.randn(count, format.TILE_SIZE, generator=torch.Generator().manual_seed(0)) * scale
         speeds = []
         for number in threads:
             torch.set_num_threads(number)
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                states = cpu.search(tiles, bits, codebook)
-                times.append(time.perf_counter() - start)
-            speeds.append(f" | {tiles.numel() / sorted(times)[1] / 1e3:.0f}")
-        error = (values[states] - tiles).double().square().mean().item() / scale**2
-        print(f"| {bits:g}{''.join(speeds)} | {10 * math.log10(error * 4**bits):.2f} |", flush=True)
+            states, seconds = timed(lambda: cpu.search(tiles, bits, codebook))
+            speeds.append(f" | {tiles.numel() / seconds / 1e3:.0f}")
+        error, exact = (
+            (values[some] - tiles).double().square().mean().item() / scale**2
+            for some in (states, cpu.search(tiles, bits, codebook, "exact"))
+        )
+        gap, loss = 10 * math.log10(error * 4**bits), 10 * math.log10(error / exact)
+        print(f"| {bits:g}{''.join(speeds)} | {gap:.2f} | {loss:.3f} |", flush=True)
 
 
 def decode_table(codebook):
     print("\n| K | decoded M weights/s |\n|---|---|")
     for bits in (2, 3, 4, 8):
         trellis = torch.randint(-(2**15), 2**15, (256, 256, 16 * bits)).to(torch.int16)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            cpu.decode(trellis, codebook)
-            times.append(time.perf_counter() - start)
-        print(f"| {bits} | {trellis.shape[0] * trellis.shape[1] * format.TILE_SIZE / sorted(times)[2] / 1e6:.0f} |")
+        _, seconds = timed(lambda: cpu.decode(trellis, codebook))
+        print(f"| {bits} | {trellis.shape[0] * trellis.shape[1] * format.TILE_SIZE / seconds / 1e6:.0f} |")
 
 
 def peak():
@@ -80,8 +87,8 @@ def measure_memory(features, codebook):
     tensors = encoder.quantize_weight(weight, 4, codebook, search=lambda tiles, *_: tiles.int() & 0xFFFF)
     quantized = sum(tensor.nbytes for tensor in tensors)
     print(
-        f"\nquantizing a bfloat16 weight of {weight.nbytes / 2**20:.0f} MiB took {(peak() - before) / 2**20:.0f} MiB: the "
-        f"quantized one's {quantized / 2**20:.0f} MiB + {(peak() - before - quantized) / weight.nbytes:.2f} * the weight"
+        f"quantizing a bfloat16 weight of {weight.nbytes / 2**20:.0f} MiB took {(peak() - before) / 2**20:.0f} MiB: the "
+        f"quantized one's {quantized / 2**20:.0f} MiB + {(peak() - before - quantized) / weight.nbytes:.2f} * the weight\n"
     )
 
 
@@ -95,7 +102,7 @@ if __name__ == "__main__":
     if arguments.memory_only:
         measure_memory(arguments.memory, arguments.codebook)
     else:
+        # First: a process starts with the peak of the one that it comes from.
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory-only"], check=True)
         search_table(arguments.tiles, arguments.codebook)
         decode_table(arguments.codebook)
-        sys.stdout.flush()
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory-only"], check=True)

@@ -43,10 +43,10 @@ namespace {
 
 constexpr int ABI_VERSION = 3;  // `cpu.ABI_VERSION`: raised with every change of a signature below
 
-constexpr int WINDOW = 80;         // `encoder.BOUNDARY_WINDOW`
-constexpr int MAX_LANES = 16;      // floats in the longest vector
-constexpr int KEPT_BITS = 8;       // a row of costs is kept for every so many bits of a tile's stream
-constexpr int MAX_CONE_BITS = 8;   // so many of which are open on the way back between two kept rows
+constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
+constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
+constexpr int MAX_KEPT = 8;       // steps from a kept row of costs to the next, at most
+constexpr int MAX_CONE_BITS = 8;  // bits of a node that are open on the way back over these steps, at most
 
 using FloatBuffer = Buffer<float>;
 
@@ -67,12 +67,24 @@ void parallel(void (*task)(const void*, float*, int64_t), const void* job, int64
 }
 
 struct SearchJob {
-  const float* tiles;  // [count, 256], in stream order
+  const void* tiles;  // [count, 256], in stream order, fp32 or, if `are_words`, int16
+  bool are_words;
   int64_t count;
-  const float* values;  // [65536]
-  int32_t* states;      // [count, 256]
-  const float* arranged[2];
+  const void* values;  // [65536], of the type of `tiles`
+  int window;          // weights on either side of the boundary that its state is searched among
+  int32_t* states;     // [count, 256]
+  const void* arranged[2];
 };
+
+// The square of the difference of two 16-bit fixed-point numbers as an 8-bit cost, in units of 2**16, or a 16-bit one.
+template <class Cost>
+inline Cost squared_difference(int16_t value, int16_t weight) {
+  int difference = value - weight, largest = sizeof(Cost) == 1 ? 32767 : MAX_DIFFERENCE;
+  difference = difference < 0 ? -difference : difference;
+  difference = difference < largest ? difference : largest;
+  int square = sizeof(Cost) == 1 ? difference * difference >> 16 : difference * difference;
+  return Cost(sizeof(Cost) == 2 || square < 255 ? square : 255);
+}
 
 namespace base {
 #if defined(EXL3_VECTORS)
@@ -149,7 +161,7 @@ namespace avx512vnni {
 // One instruction set's kernels.
 struct Isa {
   const char* name;
-  bool (*search)(const SearchJob&, int twice_bits, int threads);
+  void (*search)(const SearchJob&, int twice_bits, int threads);
   void (*multiply)(const LinearCall*, int64_t count, int threads);
   void (*rotate)(const RotateCall&, int threads);
   void (*decode)(const DecodeCall&, int threads);
@@ -220,10 +232,12 @@ EXPORT int32_t exl3_multiplies_bfloat16() {
 // The parallel regions of the OpenMP library that torch computes on, null for none.
 EXPORT void exl3_use_openmp(void* region) { parallel_region = reinterpret_cast<ParallelRegion>(region); }
 
-// `encoder.search_reference`: `tiles` [count, 256], `values` [65536], `states` [count, 256].
-EXPORT int32_t exl3_search(const float* tiles, int64_t count, int32_t twice_bits, const float* values, int32_t* states,
-                           int32_t threads) {
-  return run(twice_bits, [&](const Isa& isa) { isa.search({tiles, count, values, states, {}}, twice_bits, threads); });
+// `search.reference_kernel`: `tiles` [count, 256] and `values` [65536] are int16 if `are_words`, otherwise fp32; `states`
+// [count, 256], of which the first is -1 in tiles whose costs saturated. `window` is 128 at most.
+EXPORT int32_t exl3_search(const void* tiles, int64_t count, int32_t twice_bits, const void* values, int32_t are_words,
+                           int32_t window, int32_t* states, int32_t threads) {
+  SearchJob job{tiles, are_words != 0, count, values, window, states, {}};
+  return run(twice_bits, [&](const Isa& isa) { isa.search(job, twice_bits, threads); });
 }
 
 // `ops.linear` for each of `count` calls, which share the threads.

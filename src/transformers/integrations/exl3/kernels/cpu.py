@@ -30,6 +30,7 @@ import torch
 
 from ....utils import logging
 from .. import format
+from .. import search as trellis_search
 
 
 logger = logging.get_logger(__name__)
@@ -54,7 +55,7 @@ _ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
 _DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
 _SIGNATURES = {
-    "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _POINTER, _INT],
+    "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _INT, _POINTER, _INT],
     "exl3_linear": [_POINTER, _LONG, _INT],
     "exl3_rotate": [_POINTER, _INT],
     "exl3_decode": [_POINTER, _INT],
@@ -109,29 +110,32 @@ def multiplies_bfloat16() -> bool:
     return is_available() and bool(_library().exl3_multiplies_bfloat16())
 
 
-def search(tiles: torch.Tensor, bits: float, codebook: str) -> torch.Tensor:
-    """The same as `encoder.search_reference`, to the byte.
+def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "default") -> torch.Tensor:
+    """The same as `search.search_reference`, to the byte.
 
     Args:
         tiles (`torch.Tensor`): fp32 `[n, 256]` on the CPU, in stream order and in units of the codebook's values, finite.
         bits (`float`): Bits per weight, one of `format.BITS`.
         codebook (`str`): One of `format.CODEBOOKS`.
+        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
 
     Returns:
         `torch.Tensor`: int32 `[n, 256]`.
 
     Raises:
-        ValueError: For tiles of another dtype, shape or device or with values that are not finite, and for an unknown rate
-            or codebook.
+        ValueError: For tiles of another dtype, shape or device or with values that are not finite, and for an unknown rate,
+            codebook or effort.
         RuntimeError: If the kernels are missing.
     """
-    bits = format.check_bits(bits)
-    values = _values(codebook, torch.float32)
     if tiles.dtype is not torch.float32 or tiles.device.type != "cpu" or tiles.shape[1:] != (format.TILE_SIZE,):
         raise ValueError(f"tiles must be float32 [n, 256] on the CPU: {_describe(tiles)}")
     if not torch.isfinite(tiles).all():
         raise ValueError("tiles must be finite")
-    tiles = tiles.contiguous()
+    return trellis_search.search(tiles, bits, codebook, effort, _search_kernel)
+
+
+def _search_kernel(tiles, values, bits, window):
+    tiles, values = tiles.contiguous(), values.contiguous()
     states = torch.empty(tiles.shape, dtype=torch.int32)
     _call(
         "exl3_search",
@@ -139,6 +143,8 @@ def search(tiles: torch.Tensor, bits: float, codebook: str) -> torch.Tensor:
         tiles.shape[0],
         int(2 * bits),
         values.data_ptr(),
+        values.dtype is torch.int16,
+        window,
         states.data_ptr(),
         torch.get_num_threads(),
     )
@@ -291,13 +297,6 @@ def _rows(tensor):
 def _address(structures):
     """Pointer to the bytes of a `bytearray`, which lives as long as this."""
     return (ctypes.c_char * len(structures)).from_buffer(structures)
-
-
-@lru_cache
-def _values(codebook, dtype):
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the values of a codebook are float32, float16 or bfloat16 here, not {dtype}")
-    return format.codebook_values(codebook).to(dtype)
 
 
 def _describe(tensor):
