@@ -105,7 +105,7 @@ class Exl3LinearKernelTest(KernelTest):
         arguments, _ = self.layer(640, 896, 3, "mcg")
         x = torch.randn(19, 640).to(getattr(torch, dtype))
         results = [self.multiply(x, arguments, 896)]
-        for isa, threads in itertools.product(ISAS, (1, 2, 5)):
+        for isa, threads in itertools.product(ISAS, (1, 2, 3)):
             with patch.dict(os.environ, EXL3_CPU_ISA=isa):
                 try:
                     cpu.isa()

@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Peak memory of quantizing a whole model on the fly, against the quantized model and its largest tensor (Linux).
+Peak memory of quantizing a whole model on the fly, against the quantized model and its largest tensor, and of loading and
+running what was saved, against the bytes of the checkpoint (Linux).
 
     python tests/quantization/exl3_integration/benches/bench_memory.py [--hidden 1024] [--layers 8]
 
@@ -22,6 +23,7 @@ pages of the mapped source files are not the process's own. The search is a stan
 
 import argparse
 import multiprocessing
+import os
 import re
 import tempfile
 import threading
@@ -83,7 +85,38 @@ def load(hidden: int, layers: int, folder: str):
             folder, dtype=torch.bfloat16, quantization_config=Exl3Config(bits=4, head_bits=6)
         )
     )
-    return model, peak - before
+    return model, peak - before + mapped(model)
+
+
+@torch.inference_mode()
+def run_checkpoint(folder: str, small: str):
+    """Load a quantized checkpoint in this process, which holds no other, and run it on one row and on many."""
+
+    def load_and_run(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        for length in (1, 256):
+            model.model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        return model
+
+    load_and_run(small)  # what is allocated once
+    before = anonymous()
+    model, peak = peak_while(lambda: load_and_run(folder))
+    used = peak - before + mapped(model)
+    names = [name for name in os.listdir(folder) if name.endswith(".safetensors")]
+    checkpoint = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+    print(f"checkpoint {checkpoint / 2**20:.0f} MiB, loaded and run on 1 and on 256 tokens")
+    print(f"peak {used / 2**20:.0f} MiB = checkpoint + {(used - checkpoint) / 2**20:.0f} MiB")
+
+
+def mapped(model) -> int:
+    """Bytes of the parameters of `model` that are pages of its files, which safetensors maps."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        ranges = [line.split()[0].split("-") for line in file if line.rstrip().endswith(".safetensors")]
+    return sum(
+        parameter.nbytes
+        for parameter in model.parameters()
+        if any(int(start, 16) <= parameter.data_ptr() < int(end, 16) for start, end in ranges)
+    )
 
 
 def main():
@@ -97,8 +130,20 @@ def main():
         mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF),
         tempfile.TemporaryDirectory() as folder,
     ):
-        load(256, 1, folder)  # what is allocated once
-        model, used = load(arguments.hidden, arguments.layers, folder + "/model")
+        model, _ = load(256, 1, folder + "/float-small")  # what is allocated once
+        model.save_pretrained(folder + "/small")
+        model, used = load(arguments.hidden, arguments.layers, folder + "/float")
+        report(model, used)
+        model.save_pretrained(folder + "/model", max_shard_size="100MB")
+        runner = multiprocessing.get_context("spawn").Process(
+            target=run_checkpoint, args=(folder + "/model", folder + "/small")
+        )
+        runner.start()
+        runner.join()
+
+
+def report(model, used: int):
+    """Print the memory that quantizing `model` took."""
     largest = 2 * model.model.embed_tokens.weight.numel()
     quantized = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     print(f"quantized model {quantized / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB (bfloat16)")
