@@ -79,7 +79,7 @@ class _DecodeCall(ctypes.Structure):
 
 
 _SIGNATURES = {
-    "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _INT, _POINTER, _INT],
+    "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT],
     "exl3_linear": [_POINTER, _LONG, _INT],
     "exl3_rotate": [_POINTER, _INT],
     "exl3_decode": [_POINTER, _INT],
@@ -158,7 +158,7 @@ def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "defau
     return trellis_search.search(tiles, bits, codebook, effort, _search_kernel)
 
 
-def _search_kernel(tiles, values, bits, window):
+def _search_kernel(tiles, values, levels, bits, window):
     tiles, values = tiles.contiguous(), values.contiguous()
     states = torch.empty(tiles.shape, dtype=torch.int32)
     _call(
@@ -168,6 +168,7 @@ def _search_kernel(tiles, values, bits, window):
         int(2 * bits),
         values.data_ptr(),
         values.dtype is torch.int16,
+        None if levels is None else levels.data_ptr(),
         window,
         states.data_ptr(),
         torch.get_num_threads(),
