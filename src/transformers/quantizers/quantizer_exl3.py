@@ -180,7 +180,7 @@ class Exl3HfQuantizer(HfQuantizer):
         if self.progress_bar is None:
             finish_modules(model)
         else:
-            finish_modules(model, self.progress_bar.update)
+            finish_modules(model, self.quantization_config.effort, self.progress_bar.update)
             self.progress_bar.close()
         if model.is_distributed_loading_by_transformers:
             from ..integrations.exl3.parallel import cut_quantized

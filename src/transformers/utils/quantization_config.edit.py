@@ -24,6 +24,10 @@ class Exl3Config(QuantizationConfigMixin):
             stands here.
         modules_to_not_convert (`list`, *optional*):
             Names or patterns of modules to leave as they are when a model is quantized, beside the default ones.
+        effort (`str`, *optional*, defaults to `"default"`):
+            How thoroughly a model is quantized: `"default"`, within 0.05 dB of the least error that the format allows,
+            or `"fast"`, which takes up to half the time and has 0.1 to 0.5 dB more error (0.02 to 0.08 bits). It is not
+            written to checkpoints.
         dequantize (`bool`, *optional*, defaults to `False`):
             Whether to load a quantized checkpoint as a plain model, with the weights that the quantized ones stand for.
         kwargs (`dict[str, Any]`, *optional*):
@@ -36,6 +40,7 @@ class Exl3Config(QuantizationConfigMixin):
         head_bits: float | None = None,
         codebook: str | None = "mul1",
         modules_to_not_convert: list | None = None,
+        effort: str = "default",
         dequantize: bool = False,
         **kwargs,
     ):
@@ -45,6 +50,7 @@ class Exl3Config(QuantizationConfigMixin):
         self.head_bits = head_bits
         self.codebook = codebook
         self.modules_to_not_convert = modules_to_not_convert
+        self.effort = effort
         self.dequantize = dequantize
         self.converter_fields = kwargs
         self.post_init()
@@ -63,6 +69,8 @@ class Exl3Config(QuantizationConfigMixin):
             raise ValueError(f"`head_bits` of Exl3Config has to be one of {rates}, 16 or None, got {self.head_bits}")
         if self.codebook not in (None, "3inst", "mcg", "mul1"):
             raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
+        if self.effort not in ("default", "fast"):
+            raise ValueError(f"`effort` of Exl3Config has to be `default` or `fast`, got {self.effort!r}")
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
             raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")

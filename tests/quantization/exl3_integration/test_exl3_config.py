@@ -129,7 +129,7 @@ class Exl3ConfigTest(unittest.TestCase):
         self.assertEqual(Exl3Config.from_dict(config.to_dict()).to_dict(), config.to_dict())
 
     def test_how_to_load_is_not_written(self):
-        self.assertNotIn("dequantize", Exl3Config(dequantize=True).to_dict())
+        self.assertEqual(Exl3Config(dequantize=True, effort="fast").to_dict(), Exl3Config().to_dict())
         self.assertEqual(Exl3Config(dequantize=True).get_loading_attributes(), {"dequantize": True})
 
     def test_what_is_written_can_be_changed_without_harm(self):
@@ -172,6 +172,8 @@ class Exl3ConfigTest(unittest.TestCase):
             ("modules_to_not_convert", "lm_head", TypeError, "a list of names, got 'lm_head'"),
             ("modules_to_not_convert", [1], TypeError, r"a list of names, got \[1\]"),
             ("modules_to_not_convert", 1, TypeError, "a list of names, got 1"),
+            ("effort", "exact", ValueError, "`default` or `fast`, got 'exact'"),
+            ("effort", None, ValueError, "`default` or `fast`, got None"),
             ("dequantize", 1, TypeError, "True or False, got 1"),
             ("dequantize", None, TypeError, "True or False, got None"),
         ]

@@ -117,7 +117,7 @@ class Exl3SearchReferenceTest(unittest.TestCase):
             search.search_reference(normal(1, format.TILE_SIZE), 9, "mul1")
         with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'no'"):
             search.search_reference(normal(1, format.TILE_SIZE), 2, "no")
-        with self.assertRaisesRegex(ValueError, "unknown effort 'no': there are default, exact"):
+        with self.assertRaisesRegex(ValueError, "unknown effort 'no': there are default, fast, exact"):
             search.search_reference(normal(1, format.TILE_SIZE), 2, "mul1", "no")
 
 
@@ -157,6 +157,8 @@ class Exl3CompiledSearchTest(unittest.TestCase):
         )
         decibel = 10 * torch.log10(default.sum() / exact.sum())
         self.assertLess(decibel.item(), 0.05)
+        fast = squared_error(tiles, cpu.search(tiles, bits, codebook, "fast"), codebook)
+        self.assertLess(10 * torch.log10(fast.sum() / exact.sum()).item(), 0.5 if bits <= 4 else 0.2)
         self.assertLess(10 * torch.log10(default / exact).max().item(), 0.5)  # of the worst tile
 
     @parameterized.expand([(bits, outlier) for bits in (1, 2, 4, 5, 8) for outlier in (4, 10, 1e4, 1e30)])

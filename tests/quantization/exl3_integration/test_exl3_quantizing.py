@@ -242,6 +242,15 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual(errors, sorted(errors, reverse=True))
         self.assertLess(errors[-1], errors[0] / 5)
 
+    def test_fast_effort_is_nearly_as_close(self):
+        states, errors = [], []
+        for effort in ("default", "fast"):
+            quantized, model = self.quantize("llama", Exl3Config(bits=4, effort=effort))
+            states.append(quantized.state_dict())
+            errors.append(error(outputs(quantized, "llama"), outputs(model, "llama")))
+        self.assertLess(errors[1], 1.2 * errors[0])
+        self.assertTrue(any(not torch.equal(tensor, states[1][name]) for name, tensor in states[0].items()))
+
     def test_a_tied_head_that_is_quantized_is_untied(self):
         quantized, model = self.quantize("llama_tied", Exl3Config(bits=6, head_bits=8))
         self.assertEqual((quantized.lm_head.bits, quantized.config.tie_word_embeddings), (8, False))

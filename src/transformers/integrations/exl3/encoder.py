@@ -69,6 +69,7 @@ def quantize_weight(
     bits: float,
     codebook: str = "mul1",
     seed: int = 0,
+    effort: str = "default",
     search: Callable = search_reference,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,6 +84,7 @@ def quantize_weight(
         bits (`float`): Bits per weight, one of `format.BITS`.
         codebook (`str`, *optional*, defaults to `"mul1"`): One of `format.CODEBOOKS`.
         seed (`int`, *optional*, defaults to 0): Of the random signs; see `seed_of`.
+        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
         search (`Callable`, *optional*): `search_reference` or one that gives the same states faster.
         progress (`Callable`, *optional*): Called with the number of weights whenever some more are done.
 
@@ -92,7 +94,7 @@ def quantize_weight(
         small for fp16.
 
     Raises:
-        ValueError: For an unknown rate or codebook, and for a weight that is no matrix, empty, of integers, has values that
+        ValueError: For an unknown rate, codebook or effort, and for a weight that is no matrix, empty, of integers, has values that
             are not finite, or needs scales that are too large for fp16.
     """
     bits = format.check_bits(bits)
@@ -108,7 +110,7 @@ def quantize_weight(
         regular = hadamard(_divide(_divide(strip, suh), svh[columns, None]).float())
         regular = hadamard(regular.T.contiguous())
         tiles = format.matrix_to_tiles(regular)
-        states = search(tiles.flatten(0, 1), bits, codebook).view(tiles.shape)
+        states = search(tiles.flatten(0, 1), bits, codebook, effort).view(tiles.shape)
         trellis[:, start // format.TILE : columns.stop // format.TILE] = format.pack_states(states, bits)
         decoded = hadamard(hadamard(format.tiles_to_matrix(values[states])).T.contiguous()).double() * suh
         svh[columns] = _divide(_sum(decoded * strip, 1), _sum(decoded * decoded, 1))

@@ -267,20 +267,24 @@ class Exl3Quantize(ConversionOps):
 
     def _quantized(self, name, value, model, missing_keys):
         """What the parameter `name` becomes: itself where nothing waits for it."""
-        result = {}
+        result, quantizer = {}, self.hf_quantizer
         path, _, parameter = name.rpartition(".")
         waiting = [(path, parameter)] if parameter in getattr(model.get_submodule(path), "pending", ()) else []
         if not waiting:
             result[name] = value
-        waiting += [(head, "weight") for head in self.hf_quantizer.heads_tied_to(name)]
+        waiting += [(head, "weight") for head in quantizer.heads_tied_to(name)]
         for path, parameter in waiting:
             module = model.get_submodule(path)
-            result |= quantize_parameter(path, module, parameter, value, self.hf_quantizer.progress_bar.update)
+            result |= quantize_parameter(
+                path, module, parameter, value, quantizer.quantization_config.effort, quantizer.progress_bar.update
+            )
             missing_keys.discard(f"{path}.{parameter}")
         return result
 
 
-def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress=None):
+def quantize_parameter(
+    path: str, module: Exl3Module, parameter: str, value: torch.Tensor, effort: str = "default", progress=None
+):
     """
     Quantize one parameter that a module waits for.
 
@@ -289,6 +293,7 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
         module (`Exl3Module`): Waits for `parameter`, and no longer after this.
         parameter (`str`): Name of the parameter in the plain module.
         value (`torch.Tensor`): The parameter, floating.
+        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
         progress (`Callable`, *optional*): Called with the number of weights whenever some are done.
 
     Returns:
@@ -308,7 +313,9 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
             result[f"{name}.bias"] = _stored_bias(name, view, linear)
             continue
         try:
-            tensors = ops.encode_with_progress(view, linear.bits, linear.codebook, encoder.seed_of(name), progress)
+            tensors = ops.encode_with_progress(
+                view, linear.bits, linear.codebook, encoder.seed_of(name), effort, progress
+            )
         except ValueError as error:
             raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
         result |= {f"{name}.{tensor}": value for tensor, value in zip(("trellis", "suh", "svh"), tensors)}
@@ -328,19 +335,19 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
     return stored
 
 
-def finish_modules(model: nn.Module, progress=None):
+def finish_modules(model: nn.Module, effort: str = "default", progress=None):
     """
     What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one
     converter of upstream's may yield several) or not at all (they are initialised), freeze, align, and put tiles in order.
 
     Args:
         model (`PreTrainedModel`): The model, changed in place.
-        progress (`Callable`, *optional*): As in `quantize_parameter`.
+        effort, progress (*optional*): As in `quantize_parameter`.
     """
     for path, module in list(model.named_modules()):
         if getattr(module, "pending", None):
             for name, value in _late_parameters(model, path, module).items():
-                for tensor, result in quantize_parameter(path, module, name, value, progress).items():
+                for tensor, result in quantize_parameter(path, module, name, value, effort, progress).items():
                     owner, _, leaf = tensor.rpartition(".")
                     setattr(model.get_submodule(owner), leaf, nn.Parameter(result, requires_grad=False))
         if isinstance(module, Exl3Module):

@@ -381,7 +381,7 @@ def _(ids, trellis, signs, embedding_dim):
 
 @torch.library.custom_op("exl3::encode", mutates_args=())
 def encode(
-    weight: torch.Tensor, bits: float, codebook: str, seed: int
+    weight: torch.Tensor, bits: float, codebook: str, seed: int, effort: str = "default"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Quantize a weight without data.
@@ -391,21 +391,22 @@ def encode(
         bits (`float`): Bits per weight, one of `format.BITS`.
         codebook (`str`): One of `format.CODEBOOKS`.
         seed (`int`): Of the random signs.
+        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
 
     Returns:
         `tuple(torch.Tensor)`: `trellis` int16 `[in/16, out/16, 16K]`, `suh` fp16 `[in]` and `svh` fp16 `[out]`.
     """
-    return encode_with_progress(weight, bits, codebook, seed)
+    return encode_with_progress(weight, bits, codebook, seed, effort)
 
 
 @encode.register_fake
-def _(weight, bits, codebook, seed):
+def _(weight, bits, codebook, seed, effort="default"):
     out, into = (format.padded(features) for features in weight.shape)
     trellis = weight.new_empty(into // format.TILE, out // format.TILE, int(bits * format.TILE), dtype=torch.int16)
     return trellis, weight.new_empty(into, dtype=torch.float16), weight.new_empty(out, dtype=torch.float16)
 
 
-def encode_with_progress(weight, bits, codebook, seed, progress=None):
+def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None):
     """`encode`, calling `progress(n)` whenever `n` more weights are done."""
     search = cpu.search if weight.device.type == "cpu" and cpu.is_available() else encoder.search_reference
-    return encoder.quantize_weight(weight, bits, codebook, seed=seed, search=search, progress=progress)
+    return encoder.quantize_weight(weight, bits, codebook, seed, effort, search, progress)

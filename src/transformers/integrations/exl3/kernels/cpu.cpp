@@ -45,6 +45,7 @@ constexpr int ABI_VERSION = 3;  // `cpu.ABI_VERSION`: raised with every change o
 
 constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
+constexpr int NUM_LEVELS = 128;      // `search.LEVELS`: as many bytes as an instruction looks up
 constexpr int MAX_KEPT = 8;       // steps from a kept row of costs to the next, at most
 constexpr int MAX_CONE_BITS = 8;  // bits of a node that are open on the way back over these steps, at most
 
@@ -71,6 +72,7 @@ struct SearchJob {
   bool are_words;
   int64_t count;
   const void* values;  // [65536], of the type of `tiles`
+  const void* levels;  // [NUM_LEVELS], in order, the only numbers among `values` for 8-bit costs, or null
   int window;          // weights on either side of the boundary that its state is searched among
   int32_t* states;     // [count, 256]
   const void* arranged[2];
@@ -233,10 +235,11 @@ EXPORT int32_t exl3_multiplies_bfloat16() {
 EXPORT void exl3_use_openmp(void* region) { parallel_region = reinterpret_cast<ParallelRegion>(region); }
 
 // `search.reference_kernel`: `tiles` [count, 256] and `values` [65536] are int16 if `are_words`, otherwise fp32; `states`
-// [count, 256], of which the first is -1 in tiles whose costs saturated. `window` is 128 at most.
+// [count, 256], of which the first is -1 in tiles whose costs saturated. `levels` [128] or null: all that `values` has. `window`
+// is 128 at most.
 EXPORT int32_t exl3_search(const void* tiles, int64_t count, int32_t twice_bits, const void* values, int32_t are_words,
-                           int32_t window, int32_t* states, int32_t threads) {
-  SearchJob job{tiles, are_words != 0, count, values, window, states, {}};
+                           const int16_t* levels, int32_t window, int32_t* states, int32_t threads) {
+  SearchJob job{tiles, are_words != 0, count, values, levels, window, states, {}};
   return run(twice_bits, [&](const Isa& isa) { isa.search(job, twice_bits, threads); });
 }
 

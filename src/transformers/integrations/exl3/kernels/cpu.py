@@ -55,7 +55,7 @@ _ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
 _DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
 _SIGNATURES = {
-    "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _INT, _POINTER, _INT],
+    "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT],
     "exl3_linear": [_POINTER, _LONG, _INT],
     "exl3_rotate": [_POINTER, _INT],
     "exl3_decode": [_POINTER, _INT],
@@ -134,7 +134,7 @@ def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "defau
     return trellis_search.search(tiles, bits, codebook, effort, _search_kernel)
 
 
-def _search_kernel(tiles, values, bits, window):
+def _search_kernel(tiles, values, levels, bits, window):
     tiles, values = tiles.contiguous(), values.contiguous()
     states = torch.empty(tiles.shape, dtype=torch.int32)
     _call(
@@ -144,6 +144,7 @@ def _search_kernel(tiles, values, bits, window):
         int(2 * bits),
         values.data_ptr(),
         values.dtype is torch.int16,
+        None if levels is None else levels.data_ptr(),
         window,
         states.data_ptr(),
         torch.get_num_threads(),
