@@ -91,7 +91,7 @@ void for_each_index(int64_t count, int threads, const Work& work) {
       for (int64_t first; (first = region.next.fetch_add(region.chunk)) < region.count;)
         for (int64_t index = first; index < first + region.chunk && index < region.count; ++index) region.work(index);
     }
-  } region{work, count, count / (8 * threads) + 1};
+  } region{work, count, count / (32 * threads) + 1};
   if (parallel_region) return parallel_region(Region::run, &region, unsigned(threads), 0);
   std::vector<std::thread> others;
   others.reserve(threads - 1);
