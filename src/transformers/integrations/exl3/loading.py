@@ -364,8 +364,9 @@ def finish_modules(model: nn.Module, effort: str = "default", progress=None):
 
 def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
     """The parameters that `module` waits for: as they came, or as its model initialises what a checkpoint lacks."""
-    values = {name: module._parameters[name].detach() for name in sorted(module.pending)}
-    lacking = [name for name in values if not getattr(module._parameters[name], "_is_hf_initialized", False)]
+    waiting = {name: getattr(module, name) for name in sorted(module.pending)}
+    values = {name: value.detach() for name, value in waiting.items()}
+    lacking = [name for name, value in waiting.items() if not getattr(value, "_is_hf_initialized", False)]
     if lacking:
         plain = module.empty_plain()
         ancestors = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)] + [""]

@@ -68,8 +68,9 @@ class Exl3Module(nn.Module):
         """Hold `tensors`, which are of the names, shapes and dtypes of a checkpoint."""
         self.stored = tuple(tensors)
         for name, tensor in tensors.items():
-            if name == "signs":
-                # An embedding often has a model's first float parameter, whose dtype upstream takes for the model's.
+            # FSDP shards parameters and takes no scalars. An embedding often has a model's first float parameter, whose
+            # dtype upstream takes for the model's.
+            if name == "signs" or name in format.MARKERS:
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -94,16 +95,19 @@ class Exl3Module(nn.Module):
         raise NotImplementedError
 
     def wait_for_plain(self):
-        """Have the parameters of the plain module as well, on the meta device, so that a checkpoint's weights find them."""
-        placeholders = {name: p for name, p in self.plain.named_parameters(recurse=False) if name not in self.stored}
-        self._parameters.update(placeholders)
-        self.pending = {name for name, _ in self.plain.named_parameters(recurse=False)}
+        """
+        Have the parameters of the plain module as well, on the meta device, so that a checkpoint's weights find them: as
+        buffers, which are read whole where parameters are divided among processes.
+        """
+        plain = {name: parameter.detach() for name, parameter in self.plain.named_parameters(recurse=False)}
+        self._buffers.update({name: value for name, value in plain.items() if name not in self.stored})
+        self.pending = set(plain)
 
     def arrived(self, name: str):
         """Wait no longer for the parameter `name` of the plain module."""
         self.pending.discard(name)
         if name not in self.stored:
-            del self._parameters[name]
+            del self._buffers[name]
 
     def empty_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain module with parameters of zeros, on this module's device."""
@@ -193,7 +197,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         """The weight `[out_features, in_features]`, dequantized anew at each access, to be read only."""
-        pending = self._parameters.get("weight")
+        pending = self._buffers.get("weight")
         if pending is not None:
             return pending
         return self.dequantized("weight").to(self.plain_dtype).as_subclass(DequantizedWeight)
