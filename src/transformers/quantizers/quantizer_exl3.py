@@ -70,25 +70,27 @@ class Exl3HfQuantizer(HfQuantizer):
     update_torch_dtype = update_dtype  # its name in the older guide
 
     def update_parallel_plan(self, model, plan):
-        sizes = {
-            name: getattr(getattr(model.config, "distributed_config", None), f"{name}_size", None) or 1
-            for name in ("tp", "ep", "dp", "pp")
-        }
-        others = [f"`{name}_size`" for name, size in sizes.items() if size > 1 and name != "tp"]
-        if others:
-            raise ValueError(
-                f"EXL3 models cannot be distributed by {', '.join(others)}. Use `tp_plan` or `device_map`."
-            )
-        if sizes["tp"] == 1:
+        asked = getattr(model.config, "distributed_config", None)
+        if (
+            asked is None or plan is model.ep_plan
+        ):  # this is called for each of the two plans, the other one comes first
             return
-        if self.quantization_config.dequantize:
+        if asked.pp_size > 1:
             raise ValueError(
-                "`dequantize=True` and tensor parallelism do not go together: dequantize the checkpoint in one process, save it, "
-                "and load that."
+                "EXL3 models cannot be distributed by `pp_size`: upstream sends activations between stages in the dtype of a stage's "
+                "first parameter, which is an integer here. Use `tp_plan`, `ep_size`, `fsdp_size` or `device_map`."
             )
-        from ..integrations.exl3.parallel import adapt_plan
+        if asked.dp_size > 1 and max(asked.tp_size, asked.ep_size) > 1:
+            raise ValueError(
+                "EXL3 models are distributed by `fsdp_size` or by `tp_plan` and `ep_size`, not by both: use one of them."
+            )
+        if self.quantization_config.dequantize:
+            return  # the model is a plain one
+        from ..integrations.exl3.parallel import adapt_expert_plan, adapt_tensor_plan
 
-        adapt_plan(model, plan, sizes["tp"])
+        dispatched = adapt_expert_plan(model, asked.ep_plan, asked.ep_size) if asked.ep_size > 1 else set()
+        if asked.tp_size > 1:
+            adapt_tensor_plan(model, asked.tp_plan, asked.tp_size, dispatched)
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs
@@ -182,10 +184,6 @@ class Exl3HfQuantizer(HfQuantizer):
         else:
             finish_modules(model, self.quantization_config.effort, self.progress_bar.update)
             self.progress_bar.close()
-        if model.is_distributed_loading_by_transformers:
-            from ..integrations.exl3.parallel import cut_quantized
-
-            cut_quantized(model)
         self.placement = self.plan = self.progress_bar = None
         if not self.quantization_config.dequantize:
             model.save_pretrained = SaveWithTensorStorage(model)
@@ -203,11 +201,13 @@ class Exl3HfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model):
-        if not model.is_distributed_loading_by_transformers:
+        from ..distributed.utils import is_dtensor
+
+        if not model.is_distributed_loading_by_transformers and not any(map(is_dtensor, model.parameters())):
             return super().get_state_dict_and_metadata(model)
         from ..integrations.exl3.parallel import gathered
 
-        return gathered(model.state_dict()), {}
+        return gathered(model, model.should_save_on_this_rank(is_main_process=True)), {}
 
     @property
     def is_trainable(self) -> bool:

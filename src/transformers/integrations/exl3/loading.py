@@ -34,6 +34,8 @@ from ...core_model_loading import (
     dot_natural_key,
     log_conversion_errors,
 )
+from ...distributed.sharding_utils import DtensorShardOperation, _dtensor_from_local_like
+from ...distributed.utils import is_dtensor
 from . import encoder, format, ops
 from .modules import Exl3Linear, Exl3Module
 
@@ -89,9 +91,9 @@ class Exl3Converter(WeightConverter):
     Collects tensors by name for an operation that takes them by their names in the checkpoint.
 
     Args:
-        targets (`dict[str, str]`): Tensor name in the checkpoint, after upstream's renamings, to the model's parameter
+        targets (`dict[str, str]`): Tensor name in the checkpoint, after upstream's renamings, to the model's tensor
             under which it is collected.
-        operation (`ConversionOps`): Returns parameters by their names in the model.
+        operation (`ConversionOps`): Returns tensors by their names in the model.
     """
 
     __slots__ = ("targets",)
@@ -102,7 +104,7 @@ class Exl3Converter(WeightConverter):
         self.targets = targets
 
     def __deepcopy__(self, memo):
-        return Exl3Converter(self.targets, self.operations[0])  # upstream copies it for each target
+        return type(self)(self.targets, self.operations[0])  # upstream copies it for each target
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         target = self.targets.get(source_key)
@@ -115,7 +117,9 @@ class Exl3Converter(WeightConverter):
         names = sorted(self.layer_targets[layer_name], key=dot_natural_key)  # the order of collection
         tensors = dict(zip(names, self.materialize_tensors()[self.source_patterns[0]], strict=True))
         with log_conversion_errors(layer_name, loading_info, (len(tensors), layer_name), self.operations[0]):
-            return self.operations[0].convert(tensors, full_layer_name=layer_name)
+            return self.operations[0].convert(
+                tensors, full_layer_name=layer_name, model=model, loading_info=loading_info
+            )
 
 
 class Exl3Stored(WeightConverter):
@@ -173,41 +177,73 @@ class Exl3AsStored(ConversionOps):
         }
 
 
-class Exl3Unpad(ConversionOps):
+def own_part(tensor: torch.Tensor, placeholder: torch.Tensor) -> torch.Tensor:
+    """What this process holds of `tensor`, which becomes the parameter `placeholder`: all of it, or a part."""
+    return DtensorShardOperation(placeholder).shard_tensor(tensor) if is_dtensor(placeholder) else tensor
+
+
+_AS_STORED = "_as_stored"
+
+
+class Exl3Make(ConversionOps):
+    """
+    Makes parameters of the model from a checkpoint's tensors.
+
+    These are collected under an empty buffer beside the first of the parameters: under a parameter that is divided among
+    processes, upstream would read such parts of them as it has of the parameter.
+    """
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def converter(self, targets: dict[str, str]) -> Exl3Converter:
+        """What collects the tensors of a checkpoint, given by name with the parameters that they are for."""
+        model = self.hf_quantizer.placement.model
+        for parameter in set(targets.values()):
+            path, _, name = parameter.rpartition(".")
+            model.get_submodule(path)._buffers[name + _AS_STORED] = torch.empty(0, device="meta")
+        return Exl3Converter({name: parameter + _AS_STORED for name, parameter in targets.items()}, self)
+
+    @torch.no_grad()
+    def convert(self, input_dict, full_layer_name=None, model=None, loading_info=None, **kwargs):
+        path, _, name = full_layer_name.rpartition(".")
+        del model.get_submodule(path)._buffers[name]
+        loading_info.missing_keys.discard(full_layer_name)
+        made = self.made(input_dict, full_layer_name.removesuffix(_AS_STORED))
+        return {name: own_part(value, model.get_parameter(name)) for name, value in made.items()}
+
+    def made(self, tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:
+        """The parameters, `parameter` among them, by name."""
+        raise NotImplementedError
+
+
+class Exl3Unpad(Exl3Make):
     """Cuts the padding off a tensor that the format pads without quantizing it."""
 
-    def __init__(self, hf_quantizer):
-        self.hf_quantizer = hf_quantizer
-
-    @torch.no_grad()
-    def convert(self, input_dict, full_layer_name=None, **kwargs):
-        ((name, tensor),) = input_dict.items()
-        shape = self.hf_quantizer.placement.padded[name]
+    def made(self, tensors, parameter):
+        (tensor,) = tensors.values()
+        shape = self.hf_quantizer.placement.model.get_parameter(parameter).shape
         dtype = self.hf_quantizer.float_dtype
-        return {full_layer_name: tensor[tuple(slice(size) for size in shape)].to(dtype).contiguous()}
+        return {parameter: tensor[tuple(slice(size) for size in shape)].to(dtype).contiguous()}
 
 
-class Exl3Dequantize(ConversionOps):
+class Exl3Dequantize(Exl3Make):
     """Turns the tensors of one quantized module into the parameters of the plain one."""
 
-    def __init__(self, hf_quantizer):
-        self.hf_quantizer = hf_quantizer
-
-    @torch.no_grad()
-    def convert(self, input_dict, full_layer_name=None, **kwargs):
+    def made(self, tensors, parameter):
         placement = self.hf_quantizer.placement
-        path = full_layer_name.rpartition(".")[0]
+        path = parameter.rpartition(".")[0]
         module = placement.modules[path]
         layers: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in input_dict.items():
+        for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
             layer = placement.layers[owner].removeprefix(path).removeprefix(".")
             layers.setdefault(layer, {})[leaf] = tensor
-        for layer, tensors in layers.items():
-            module.get_submodule(layer).store(tensors)
+        for layer, stored in layers.items():
+            module.get_submodule(layer).store(stored)
         plain = module.dequantize(self.hf_quantizer.float_dtype)
         del placement.modules[path]  # with the quantized tensors
-        return {f"{path}.{name}": value for name, value in plain.named_parameters(recurse=False)}
+        return {f"{path}.{name}": value.detach() for name, value in plain.named_parameters(recurse=False)}
 
 
 def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> list[WeightTransform]:
@@ -220,8 +256,8 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         for module, layer in placement.layers.items()
         for leaf in quantized[module]
     }
-    unpad = {apply_renamings(name, renamings): name for name in placement.padded}
-    converters: list[WeightTransform] = [Exl3Converter(unpad, Exl3Unpad(hf_quantizer))]
+    unpad = {apply_renamings(name, renamings): parameter for name, parameter in placement.padded.items()}
+    converters: list[WeightTransform] = [Exl3Unpad(hf_quantizer).converter(unpad)]
     plain_names = _plain_names(placement.modules)
     for entry in weight_conversions:
         # Quantized parts come by themselves, not through the converters that merge or split weights; what is dequantized
@@ -234,7 +270,7 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         stored = Exl3Stored(placement.modules, placement.model, weight_conversions)
         return [*converters, *weight_conversions, Exl3Names(names), stored]
     targets = {name: _first_plain_parameter(placement, layer) for name, (layer, _) in tensors.items()}
-    return [Exl3Converter(targets, Exl3Dequantize(hf_quantizer)), *converters, *weight_conversions]
+    return [Exl3Dequantize(hf_quantizer).converter(targets), *converters, *weight_conversions]
 
 
 def _first_plain_parameter(placement, layer: str) -> str:
@@ -275,11 +311,30 @@ class Exl3Quantize(ConversionOps):
         waiting += [(head, "weight") for head in quantizer.heads_tied_to(name)]
         for path, parameter in waiting:
             module = model.get_submodule(path)
-            result |= quantize_parameter(
-                path, module, parameter, value, quantizer.quantization_config.effort, quantizer.progress_bar.update
+            whole = _whole(value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape)
+            made = quantize_parameter(
+                path, module, parameter, whole, quantizer.quantization_config.effort, quantizer.progress_bar.update
             )
+            result |= {name: own_part(tensor, model.get_parameter_or_buffer(name)) for name, tensor in made.items()}
             missing_keys.discard(f"{path}.{parameter}")
         return result
+
+
+def _whole(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The tensor of shape `shape` of which this process has read `value`, its part of the parameter `placeholder`."""
+    if not is_dtensor(placeholder):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    parts = DTensor.from_local(
+        value.float().contiguous(),  # Gloo has no float16
+        placeholder.device_mesh,
+        placeholder.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return parts.full_tensor().to(value.dtype)
 
 
 def quantize_parameter(
@@ -349,7 +404,7 @@ def finish_modules(model: nn.Module, effort: str = "default", progress=None):
             for name, value in _late_parameters(model, path, module).items():
                 for tensor, result in quantize_parameter(path, module, name, value, effort, progress).items():
                     owner, _, leaf = tensor.rpartition(".")
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(result, requires_grad=False))
+                    _set(model.get_submodule(owner), leaf, result)
         if isinstance(module, Exl3Module):
             module.requires_grad_(False)
         for name, parameter in module._parameters.items():
@@ -362,10 +417,23 @@ def finish_modules(model: nn.Module, effort: str = "default", progress=None):
                 parameter.data = parameter.data.clone()
 
 
+def _set(module: nn.Module, name: str, value: torch.Tensor):
+    """Give `module` what it holds of the tensor `name`."""
+    placeholder = getattr(module, name)
+    if is_dtensor(placeholder):
+        value = _dtensor_from_local_like(own_part(value, placeholder), placeholder)
+    setattr(module, name, value if name in module._buffers else nn.Parameter(value, requires_grad=False))
+
+
 def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
     """The parameters that `module` waits for: as they came, or as its model initialises what a checkpoint lacks."""
     waiting = {name: getattr(module, name) for name in sorted(module.pending)}
     values = {name: value.detach() for name, value in waiting.items()}
+    if any(is_dtensor(value) for value in values.values()):
+        raise ValueError(
+            f"{path} cannot be quantized on the fly by several processes: its parameters do not come one by one. Quantize the "
+            "model in one process, save it, and load that."
+        )
     lacking = [name for name, value in waiting.items() if not getattr(value, "_is_hf_initialized", False)]
     if lacking:
         plain = module.empty_plain()
@@ -385,14 +453,16 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
         dtype (`torch.dtype`, *optional*): Of the weights, by default what the model was loaded in.
 
     Raises:
-        `ValueError`: Where weights are offloaded.
+        `ValueError`: Where weights are offloaded, or divided among processes.
     """
     paths = [path for path, module in model.named_modules() if isinstance(module, Exl3Module)]
     modules = {path: model.get_submodule(path) for path in paths}
     outermost = {path: m for path, m in modules.items() if not any(path.startswith(f"{other}.") for other in paths)}
     for path, module in outermost.items():
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(f"{path} is offloaded: load the checkpoint with `Exl3Config(dequantize=True)` instead.")
+        is_divided = getattr(module, "is_part", False) or any(map(is_dtensor, module.parameters()))
+        if is_divided or any(parameter.is_meta for parameter in module.parameters()):
+            where = "divided among processes" if is_divided else "offloaded"
+            raise ValueError(f"{path} is {where}: load the checkpoint with `Exl3Config(dequantize=True)` instead.")
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Exl3Stored)]
     for path, module in outermost.items():

@@ -43,6 +43,11 @@ def _with_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.M
     return module
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor that may be divided among several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Exl3Module(nn.Module):
     """
     What the modules here share.
@@ -204,16 +209,18 @@ class Exl3Linear(Exl3Module, nn.Linear):
 
     @property
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`suh` and `svh`, from the packed signs where an old file has these."""
+        """`suh` and `svh` of this process, from the packed signs where an old file has these."""
         return tuple(
-            getattr(self, scale) if scale in self._parameters else format.unpack_signs(getattr(self, sign))
+            local(getattr(self, scale))
+            if scale in self._parameters
+            else format.unpack_signs(local(getattr(self, sign)))
             for scale, sign in (("suh", "su"), ("svh", "sv"))
         )
 
     @property
     def codes(self) -> torch.Tensor:
-        """The trellis as int16, whichever 16-bit type the file had."""
-        return self.trellis.view(torch.int16)
+        """The trellis of this process as int16, whichever 16-bit type the file had."""
+        return local(self.trellis).view(torch.int16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.codes, *self.scales, self.bias, self.codebook, self.out_features)
@@ -343,12 +350,22 @@ class Exl3Experts(Exl3Module):
         super().__init__()
         self._stand_for(plain)
         self.names = names
-        self.num_experts = len(experts)
+        self.num_experts, self.first, self.is_part = len(experts), 0, False
         for index, projections in enumerate(experts):
             self.add_module(str(index), Exl3Expert(projections))
 
+    def keep(self, first: int, count: int):
+        """
+        Keep `count` experts from number `first` on, and leave the others to other processes. From here on, `forward` takes
+        the numbers of experts less `first`.
+        """
+        for index in map(int, list(self._modules)):
+            if not first <= index < first + count:
+                del self._modules[str(index)]
+        self.num_experts, self.first, self.is_part = count, first, True
+
     def projection(self, expert: int, role: str) -> nn.Module:
-        return self._modules[str(expert)]._modules[self.names[role]]
+        return self._modules[str(self.first + expert)]._modules[self.names[role]]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -410,6 +427,8 @@ class Exl3Experts(Exl3Module):
         if leaf == "weight" and self.plain.is_transposed:
             tensor = tensor.transpose(1, 2)
         for expert, view in enumerate(tensor):
+            if str(expert) not in self._modules:
+                continue  # another process has it
             if name.startswith("down_proj"):
                 pieces = {"down": view}
             elif "gate" not in self.names:

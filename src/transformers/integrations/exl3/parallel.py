@@ -12,56 +12,52 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Tensor parallelism: quantized linear layers cut along upstream's own plans.
+Quantized layers under upstream's plans for tensor and expert parallelism: its styles, for these layers too.
 
-| style    | trellis       | suh           | svh           | bias                  | the layer computes          |
-|----------|---------------|---------------|---------------|-----------------------|-----------------------------|
-| colwise  | cut, columns  | whole         | cut           | cut                   | its part of the outputs     |
-| rowwise  | cut, rows     | cut           | whole         | whole, added once     | a summand of all outputs    |
+| style                      | trellis       | suh           | svh           | bias                  | a process computes       |
+|----------------------------|---------------|---------------|---------------|-----------------------|--------------------------|
+| colwise                    | cut, columns  | whole         | cut           | cut                   | its part of the outputs  |
+| rowwise                    | cut, rows     | cut           | whole         | whole, added once     | a summand of all outputs |
+| moe_tp_experts: gate, up   | cut, columns  | whole         | cut           | (refused)             | its part of the outputs  |
+| moe_tp_experts: down       | cut, rows     | cut           | whole         | (refused)             | a summand of all outputs |
+| ep_dispatch_experts        | whole, those of the experts that a process has                        | its experts' outputs     |
 
 A rotation never crosses a block of 128 features, so any cut between blocks is exact (FORMAT section 2.6).
 """
 
+import re
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from ...distributed.expert_parallel import EpDispatchExpertsParallel
 from ...distributed.parallel_utils import replace_layer_number_by_wildcard
-from ...distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel
+from ...distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel, TensorParallelLayer
 from . import format
-from .modules import Exl3Linear, Exl3Module
+from .modules import Exl3Experts, Exl3Linear, Exl3Module
+
+
+# The dimensions in which the tensors of a layer are cut; what is not in there stays whole.
+COLUMNS = {"trellis": 1, "svh": 0, "sv": 0, "bias": 0}
+ROWS = {"trellis": 0, "suh": 0, "su": 0}
 
 
 def _cut(module: nn.Module, name: str, mesh, dims: dict[str, int]):
-    """Cut the parameter `name` of a quantized layer along its dimension in `dims`; what is not in there stays whole."""
-    if module.pending:
-        module.cut_later = mesh, dims
-        return
     parameter = module._parameters.get(name)
     if parameter is not None and name in dims:
         cut = distribute_tensor(parameter, mesh, [Shard(dims[name])], src_data_rank=None)
         module._parameters[name] = nn.Parameter(cut, requires_grad=False)
 
 
-def cut_quantized(model: nn.Module):
-    """Cut the layers that were quantized on the fly, which every rank does as a whole: the same weights, the same bytes."""
-    for module in model.modules():
-        if hasattr(module, "cut_later"):
-            mesh, dims = module.cut_later
-            del module.cut_later
-            for name in dims:
-                _cut(module, name, mesh, dims)
-
-
 class Exl3Colwise(ColwiseParallel):
-    """Upstream's style for layers whose outputs are divided among the ranks, for quantized layers too."""
+    """Layers whose outputs are divided."""
 
     def shard_param(self, module, param, mesh):
         if not isinstance(module, Exl3Linear):
             return super().shard_param(module, param, mesh)
-        _cut(module, param, mesh, {"trellis": 1, "svh": 0, "sv": 0, "bias": 0})
+        _cut(module, param, mesh, COLUMNS)
 
     @contextmanager
     def context_around_forward(self, module, mesh):
@@ -76,12 +72,12 @@ class Exl3Colwise(ColwiseParallel):
 
 
 class Exl3Rowwise(RowwiseParallel):
-    """Upstream's style for layers whose inputs are divided among the ranks, for quantized layers too."""
+    """Layers whose inputs are divided."""
 
     def shard_param(self, module, param, mesh):
         if not isinstance(module, Exl3Linear):
             return super().shard_param(module, param, mesh)
-        _cut(module, param, mesh, {"trellis": 0, "suh": 0, "su": 0})
+        _cut(module, param, mesh, ROWS)
 
     def transform_output_post_forward(self, module, output, mesh):
         if not isinstance(module, Exl3Linear):
@@ -94,8 +90,37 @@ class Exl3Rowwise(RowwiseParallel):
         return output if bias is None else output + bias[: module.out_features].to(output.dtype)
 
 
-# Upstream's styles by name, with those that take quantized layers as well.
-STYLES = {
+class Exl3ExpertColwise(TensorParallelLayer):
+    """Projections of experts whose outputs are divided: nothing is exchanged around each, `moe_tp_experts` does it once."""
+
+    def shard_param(self, module, param, mesh):
+        _cut(module, param, mesh, COLUMNS)
+
+    def install_forward(self, module, mesh):
+        module.out_features //= mesh.size()
+
+
+class Exl3ExpertRowwise(TensorParallelLayer):
+    """Projections of experts whose inputs are divided."""
+
+    def shard_param(self, module, param, mesh):
+        _cut(module, param, mesh, ROWS)
+
+    def install_forward(self, module, mesh):
+        module.in_features //= mesh.size()
+
+
+class Exl3DispatchExperts(EpDispatchExpertsParallel):
+    """Experts of which each process has some, and gets the rows for these."""
+
+    def install_forward(self, module, ep_mesh, **kwargs):
+        if isinstance(module, Exl3Experts):
+            count = module.num_experts // ep_mesh.size()
+            module.keep(ep_mesh.get_local_rank() * count, count)
+        return super().install_forward(module, ep_mesh, **kwargs)
+
+
+CUTTING = {
     "colwise": Exl3Colwise(input_layouts=Replicate(), output_layouts=Shard(-1)),
     "colwise_gather_output": Exl3Colwise(input_layouts=Replicate(), output_layouts=Replicate()),
     "colwise_rep": Exl3Colwise(input_layouts=Replicate(), output_layouts=Replicate()),
@@ -103,75 +128,163 @@ STYLES = {
     "rowwise_split_input": Exl3Rowwise(input_layouts=Replicate(), output_layouts=Replicate()),
     "rowwise_rep": Exl3Rowwise(input_layouts=Replicate(), output_layouts=Replicate()),
 }
-GATHERED = ("colwise_gather_output", "colwise_rep")  # all ranks have all outputs: the layer may as well stay whole
-for _name, _style in STYLES.items():
-    ALL_PARALLEL_STYLES.register(f"exl3_{_name}", _style)
+# All processes need all outputs of these: a module that is not to be cut may as well stay whole.
+GATHERED = ("colwise_gather_output", "colwise_rep", "embedding_rowwise", "embedding_colwise")
+WHOLE = ("replicate", "mla_kv_a_proj")  # styles that leave tensors whole
+EXPERTS_CUT, EXPERTS_DISPATCHED = "moe_tp_experts", "ep_dispatch_experts"
+PROJECTIONS = {"gate": "exl3_expert_colwise", "up": "exl3_expert_colwise", "down": "exl3_expert_rowwise"}
+# Under upstream's names where it has the style: plans stay as they are, and those that users pass mean the same.
+for _name, _style in {
+    **CUTTING,
+    EXPERTS_DISPATCHED: Exl3DispatchExperts(),
+    "exl3_expert_colwise": Exl3ExpertColwise(),
+    "exl3_expert_rowwise": Exl3ExpertRowwise(),
+}.items():
+    ALL_PARALLEL_STYLES.register(_name, _style)
 
 
-def adapt_plan(model: nn.Module, plan: dict[str, str], ranks: int):
+def adapt_tensor_plan(model: nn.Module, own: dict[str, str] | None, ranks: int, dispatched: set[str] = frozenset()):
     """
-    Give the quantized layers of a tensor parallel plan the styles above.
+    Make the tensor parallel plan of a model one for its quantized layers.
 
     Args:
-        model (`PreTrainedModel`): With its quantized modules, on the meta device.
-        plan (`dict[str, str]`): Styles by module name, `*` for numbers, changed in place.
+        model (`PreTrainedModel`): With its quantized modules, on the meta device. Its `tp_plan`, styles by module name with `*`
+            for numbers, is changed in place.
+        own (`dict[str, str]`, *optional*): What a user wants otherwise.
         ranks (`int`): How many parts to cut into.
+        dispatched (`set[str]`, *optional*): Names in plans of the experts that are divided by expert parallelism instead.
 
     Raises:
         `ValueError`: Where a quantized layer cannot be cut as planned, with the names of all such layers.
     """
-    problems = []
+    plan, problems = model.tp_plan, []
+    wanted = plan | (own or {})
+    tensors = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
     for path, module in model.named_modules():
-        rule = replace_layer_number_by_wildcard(path)
-        style = plan.get(rule, "").removeprefix("exl3_")
-        if not style or not any(isinstance(child, Exl3Module) for child in module.modules()):
+        if not isinstance(module, Exl3Module):
             continue
-        problem = _misfit(path, module, style, ranks)
-        if problem is None:
-            plan[rule] = f"exl3_{style}"
-        elif style in GATHERED:
-            del plan[rule]
-        else:
+        rule = replace_layer_number_by_wildcard(path)
+        if isinstance(module, Exl3Experts) and rule not in dispatched:
+            for name in [name for name in plan if name.rpartition(".")[0] == rule and name not in tensors]:
+                del plan[name]  # for a fused parameter
+            if wanted.get(rule) == EXPERTS_CUT:
+                plan.update({f"{rule}.*.{name}": PROJECTIONS[role] for role, name in module.names.items()})
+        style = wanted.get(rule)
+        problem = style and rule not in dispatched and _misfit(path, module, style, ranks)
+        if problem and style in GATHERED and rule not in (own or {}):
+            plan.pop(rule, None)
+        elif problem:
             problems.append(problem)
+        for name in module.stored:
+            if f"{rule}.{name}" in wanted:
+                problems.append(f"{path}.{name}: quantized tensors have no rules of their own, {path} has")
     if problems:
         raise ValueError(
             "\n".join(problems)
-            + f"\nThis EXL3 model cannot be spread over {ranks} ranks by tensor parallelism. Use fewer ranks, "
-            "or `device_map`."
+            + f"\nThis EXL3 model cannot be spread over {ranks} ranks by tensor parallelism. Use fewer "
+            "ranks, `ep_size` for experts, or `device_map`."
         )
 
 
 def _misfit(path: str, module: nn.Module, style: str, ranks: int) -> str | None:
     """Why `module` cannot be cut in the style `style`, None if it can."""
-    if style not in STYLES or not isinstance(module, Exl3Linear):
+    if style in WHOLE:
+        return None
+    layers = [(path, module, "in" if style.startswith("rowwise") else "out")]
+    if isinstance(module, Exl3Experts) and style == EXPERTS_CUT:
+        layers = [
+            (f"{path}.{index}.{name}", module.projection(index, role), "in" if role == "down" else "out")
+            for index in range(module.num_experts)
+            for role, name in module.names.items()
+        ]
+        if any(layer.bias is not None for _, layer, _ in layers):
+            return f"{path}: experts with biases are not cut"
+    elif style not in CUTTING or not isinstance(module, Exl3Linear):
         return f"{path}: an {type(module).__name__} cannot be cut in the style `{style}`"
-    side = "in" if style.startswith("rowwise") else "out"
-    features = getattr(module, f"{side}_features")
-    if features % (format.BLOCK * ranks):
-        return f"{path}: its {features} {side}put features are no {ranks} parts of whole blocks of {format.BLOCK}"
+    for name, layer, side in layers:
+        features = getattr(layer, f"{side}_features")
+        if features % (format.BLOCK * ranks):
+            return f"{name}: its {features} {side}put features are no {ranks} parts of whole blocks of {format.BLOCK}"
     return None
 
 
-def gathered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapt_expert_plan(model: nn.Module, own: dict[str, str] | None, ranks: int) -> set[str]:
     """
-    A state with the cut tensors of quantized layers put together, on every rank; all ranks have to call this.
+    Make the expert parallel plan of a model one for its quantized experts.
 
-    Upstream gathers what else is cut. Communication libraries know no 16-bit integers, and Gloo does not gather float16
-    either, so two elements of 16 bits go as one of 32.
+    Args:
+        model (`PreTrainedModel`): With its quantized modules, on the meta device. Its `ep_plan` is changed in place.
+        own (`dict[str, str]`, *optional*): What a user wants otherwise.
+        ranks (`int`): How many processes the experts are divided among.
+
+    Returns:
+        `set[str]`: Names in plans of the quantized experts that are divided.
+
+    Raises:
+        `ValueError`: Where quantized experts cannot be divided as planned.
     """
-
-    def whole(tensor):
-        if not isinstance(tensor, DTensor) or tensor.element_size() != 2 or tensor.to_local().shape[-1] % 2:
-            return tensor
-        shape = (*tensor.shape[:-1], tensor.shape[-1] // 2)
-        pairs = DTensor.from_local(
-            tensor.to_local().contiguous().view(torch.int32),
-            tensor.device_mesh,
-            tensor.placements,
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
+    plan, problems, rules, elsewhere = model.ep_plan, [], set(), set()
+    wanted = plan | (own or {})
+    for path, module in model.named_modules():
+        if not isinstance(module, Exl3Module):
+            continue
+        rule = replace_layer_number_by_wildcard(path)
+        style = wanted.get(rule)
+        if style is None:
+            continue
+        rules.add(rule)
+        if not isinstance(module, Exl3Experts) or style != EXPERTS_DISPATCHED:
+            problems.append(f"{path}: an {type(module).__name__} cannot be divided in the style `{style}`")
+        elif module.num_experts % ranks:
+            problems.append(f"{path}: its {module.num_experts} experts are not divisible by {ranks}")
+        else:
+            elsewhere.add(rf"^{re.escape(path)}\.\d+\.")
+    if problems:
+        raise ValueError(
+            "\n".join(problems)
+            + f"\nThe experts of this EXL3 model cannot be divided among {ranks} ranks. Use another "
+            f"`ep_size`, and the style `{EXPERTS_DISPATCHED}` for each experts module."
         )
-        return pairs.full_tensor().view(tensor.dtype)
+    tensors = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
+    for name in [name for name in plan if name.rpartition(".")[0] in rules and name not in tensors]:
+        del plan[name]  # for a fused parameter
+    # The checkpoint has been compared with the model: what is not found in it from here on belongs to other processes.
+    model._keys_to_ignore_on_load_unexpected = elsewhere.union(model._keys_to_ignore_on_load_unexpected or ())
+    return rules
 
-    return {name: whole(tensor) for name, tensor in state.items()}
+
+def gathered(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
+    """
+    The state of a model that is divided among processes, whole; all of them have to call this.
+
+    Args:
+        model (`PreTrainedModel`): Of this process.
+        is_main (`bool`): Whether this process wants the result.
+
+    Returns:
+        `dict[str, torch.Tensor]`: On the CPU where `is_main`, else empty.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = _whole(tensor)
+        if is_main:
+            state[name] = tensor.cpu()
+    for path, module in model.named_modules():
+        if isinstance(module, Exl3Experts) and module.is_part:
+            group = model._mesh_manager.get_mesh("ep").get_group()
+            own = {f"{path}.{name}": tensor.cpu() for name, tensor in module.state_dict().items()}
+            parts = [None] * torch.distributed.get_world_size(group) if is_main else None
+            torch.distributed.gather_object(own, parts, group=group, group_dst=0)
+            for part in parts or ():
+                state |= part
+    return state
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Communication libraries know no 16-bit integers, and Gloo no float16. The wider types hold the same values.
+    if tensor.element_size() == 2:
+        wide = torch.float32 if tensor.is_floating_point() else torch.int32
+        return tensor.to(wide).full_tensor().to(tensor.dtype)
+    return tensor.full_tensor()

@@ -52,7 +52,7 @@ class Placement:
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what has to stand there.
         layers (`dict[str, str]`): Module name in the checkpoint to that of the `Exl3Linear` or `Exl3Embedding` in the model.
-        padded (`dict[str, tuple]`): Tensor name in the checkpoint to the model's shape, for tensors stored with padding.
+        padded (`dict[str, str]`): Tensor name in the checkpoint to the model's parameter, for tensors stored with padding.
 
     Raises:
         `Exl3CheckpointError`: Where a quantized module has no place in the model, or does not fit it, or where the model
@@ -63,7 +63,7 @@ class Placement:
         self.checkpoint, self.model = checkpoint, model
         self.modules: dict[str, Exl3Module] = {}
         self.layers: dict[str, str] = {}
-        self.padded: dict[str, tuple[int, ...]] = {}
+        self.padded: dict[str, str] = {}
         self._problems: list[str] = []
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -287,7 +287,7 @@ class Placement:
                 if [format.padded(size) for size in shape[:2]] == [
                     format.padded(size) for size in tensor.shape[:2]
                 ] and all(size in (wanted, format.padded(wanted)) for size, wanted in zip(tensor.shape, shape)):
-                    self.padded[name] = tuple(shape)
+                    self.padded[name] = renamed
         head = self.model.get_output_embeddings()
         base = getattr(self.model, prefix, self.model) if prefix else self.model
         required = {id(module) for module in base.modules()} | {id(head)}

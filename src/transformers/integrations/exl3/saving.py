@@ -65,21 +65,28 @@ class SaveWithTensorStorage:
         save = type(model).save_pretrained
         call = inspect.signature(save).bind(model, *args, **kwargs)
         call.apply_defaults()
+        if call.arguments["distributed_checkpoint"]:
+            raise ValueError("EXL3 models are not saved with `distributed_checkpoint=True`: leave it out.")
         folder, hub_arguments = call.arguments["save_directory"], call.arguments["kwargs"]
         push_to_hub, call.arguments["push_to_hub"] = call.arguments["push_to_hub"], False
         before = _files(folder)
-        save(*call.args, **call.kwargs)
-        if not model.should_save_on_this_rank(call.arguments["is_main_process"]):
-            return
-        written = [path for path, written_at in _files(folder).items() if before.get(path) != written_at]
-        is_adapter = getattr(model, "_hf_peft_config_loaded", False)
-        if written and not is_adapter:
-            storage = {"tensor_storage": tensor_storage(sorted(written))}
-            with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
-                json.dump(model.config.quantization_config.to_dict() | storage, file, indent=4)
-        if push_to_hub:  # after that file is written, too
-            hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
-            model.push_to_hub(token=call.arguments["token"], **hub_arguments)
+        asked = getattr(model.config, "distributed_config", None)
+        model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
+        try:
+            save(*call.args, **call.kwargs)
+        finally:
+            model.config.distributed_config = asked
+        if model.should_save_on_this_rank(call.arguments["is_main_process"]):
+            written = [path for path, written_at in _files(folder).items() if before.get(path) != written_at]
+            is_adapter = getattr(model, "_hf_peft_config_loaded", False)
+            if written and not is_adapter:
+                storage = {"tensor_storage": tensor_storage(sorted(written))}
+                with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
+                    json.dump(model.config.quantization_config.to_dict() | storage, file, indent=4)
+            if push_to_hub:  # after that file is written, too
+                hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
+                model.push_to_hub(token=call.arguments["token"], **hub_arguments)
+        model.barrier_after_gathered_checkpoint_save(asked)
 
 
 def _files(folder: str | os.PathLike) -> dict[str, int]:
