@@ -153,7 +153,7 @@ class Exl3HfQuantizer(HfQuantizer):
 
         if self.plan is not None:
             stored = Exl3Stored(self.plan.modules, model, weight_conversions)
-            return [*weight_conversions, Exl3Names(self.plan.names), stored]
+            return [*weight_conversions, Exl3Names(self.plan.names, on_loading=False), stored]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:

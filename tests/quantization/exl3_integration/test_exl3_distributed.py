@@ -299,7 +299,7 @@ class Exl3ParallelPlanTest(unittest.TestCase):
             {"up": self.linear(hidden, intermediate), "down": self.linear(intermediate, hidden, bias)}
             for _ in range(count)
         ]
-        return Exl3Experts(experts, {"up": "up", "down": "down"}, torch.nn.Module())
+        return Exl3Experts(experts, torch.nn.Module())
 
     @parameterized.expand(
         [
@@ -348,7 +348,7 @@ class Exl3ParallelPlanTest(unittest.TestCase):
         plan = {"mlp": "moe_tp_experts", "mlp.up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
         model = self.model(plan, mlp=(256, 256, 2))
         adapt_tensor_plan(model, None, 2)
-        parts = {"mlp.*.up": "exl3_expert_colwise", "mlp.*.down": "exl3_expert_rowwise"}
+        parts = {"mlp.*.expert_up": "exl3_expert_colwise", "mlp.*.expert_down": "exl3_expert_rowwise"}
         self.assertEqual(model.tp_plan, {"mlp": "moe_tp_experts", **parts})
 
     @parameterized.expand(

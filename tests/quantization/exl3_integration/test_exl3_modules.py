@@ -96,15 +96,13 @@ class Exl3ModulesTest(unittest.TestCase):
         own.config._experts_implementation = "eager"
         hidden, has_bias = 128, hasattr(own, "down_proj_bias")
         width = own.down_proj.numel() // (own.num_experts * hidden)
-        names = {"up": "up_proj", "down": "down_proj"}
-        if hasattr(own, "gate_up_proj"):
-            names = {"gate": "gate_proj", **names}
-        shapes = {role: (width, hidden) if role == "down" else (hidden, width) for role in names}
+        roles = ("gate", "up", "down") if hasattr(own, "gate_up_proj") else ("up", "down")
+        shapes = {role: (width, hidden) if role == "down" else (hidden, width) for role in roles}
         experts = [
-            {names[role]: make(*shapes[role], has_bias, seed=10 * e + len(role))[0] for role in names}
+            {role: make(*shapes[role], has_bias, seed=10 * e + len(role))[0] for role in roles}
             for e in range(own.num_experts)
         ]
-        module = Exl3Experts(experts, names, own)
+        module = Exl3Experts(experts, own)
         plain = module.dequantize(torch.float32)
         self.assertEqual(
             {k: v.shape for k, v in plain.named_parameters()}, {k: v.shape for k, v in own.named_parameters()}

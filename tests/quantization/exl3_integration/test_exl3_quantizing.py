@@ -395,7 +395,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             ("llama", "model.layers.0.mlp.up_proj.weight", float("nan"), "model.layers.0.mlp.up_proj.weight"),
             ("gpt2", "transformer.h.0.mlp.c_fc.weight", float("-inf"), "transformer.h.0.mlp.c_fc.weight"),
             ("phi3", "model.layers.0.mlp.gate_up_proj.weight", float("inf"), "mlp.gate_up_proj.gate_proj.weight"),
-            ("mixtral", "model.layers.0.mlp.experts.down_proj", float("nan"), "mlp.experts.0.w2.weight"),
+            ("mixtral", "model.layers.0.mlp.experts.down_proj", float("nan"), "mlp.experts.0.expert_down.weight"),
         ]
     )
     def test_weights_that_are_not_finite_are_an_error_that_names_them(self, name, parameter, value, message):

@@ -137,8 +137,10 @@ class Exl3TrainingTest(unittest.TestCase):
             ("llama", ["q_proj", "up_proj", "down_proj"]),
             ("gpt2", ["c_attn", "c_fc"]),
             ("phi3", ["q_proj", "v_proj", "up_proj", "o_proj"]),  # parts of fused projections
-            ("gpt_oss", ["q_proj", "gate_proj", "down_proj"]),  # experts
-            ("nemotron_h", ["up_proj", "down_proj"]),  # experts without a gate, and a shared one
+            ("mixtral", ["q_proj", "expert_gate", "expert_down"]),
+            ("qwen3_moe", ["q_proj", "expert_gate", "expert_up"]),
+            ("gpt_oss", ["q_proj", "expert_gate", "expert_down"]),
+            ("nemotron_h", ["up_proj", "expert_up", "expert_down"]),  # experts without a gate, and a shared one
         ]
     )
     @require_peft

@@ -88,18 +88,17 @@ def experts_of_a_model():
     """The four experts of a tiny model, of two rates, as a module."""
     own = tiny_model("qwen3_moe")[0].model.layers[0].mlp.experts
     hidden, width = own.gate_up_proj.shape[2], own.gate_up_proj.shape[1] // 2
-    names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
     experts = []
     for seed in range(own.num_experts):
-        sizes = {role: (hidden, width) if role != "down" else (width, hidden) for role in names}
+        sizes = {role: (hidden, width) if role != "down" else (width, hidden) for role in ("gate", "up", "down")}
         bits = 2 if seed == 1 else 4
         experts.append(
             {
-                names[role]: Exl3Linear(*size, random_linear(*size[::-1], bits, seed=10 * seed + size[1])[0])
+                role: Exl3Linear(*size, random_linear(*size[::-1], bits, seed=10 * seed + size[1])[0])
                 for role, size in sizes.items()
             }
         )
-    return Exl3Experts(experts, names, own)
+    return Exl3Experts(experts, own)
 
 
 def relative_error(found, exact):

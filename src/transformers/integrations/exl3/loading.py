@@ -63,20 +63,21 @@ def replace_with_exl3_modules(model: nn.Module, modules: dict[str, Exl3Module]) 
 class Exl3Names(WeightRenaming):
     """
     Renames tensors one by one, here and back: parts that the format splits off stand beside the fused module in a
-    checkpoint and inside of it in a model.
+    checkpoint and inside of it in a model, and the projections of experts have other names there.
 
     Args:
         names (`dict[str, str]`): Tensor name in the checkpoint, after upstream's renamings, to tensor name in the model.
+        on_loading (`bool`, *optional*, defaults to `True`): Whether what is loaded has these names, and not only what is saved.
     """
 
-    __slots__ = ("names",)
+    __slots__ = ("names", "on_loading")
 
-    def __init__(self, names: dict[str, str]):
+    def __init__(self, names: dict[str, str], on_loading: bool = True):
         super().__init__(_BY_NAME, _BY_NAME)
-        self.names = names
+        self.names, self.on_loading = names, on_loading
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        target = self.names.get(source_key)
+        target = self.names.get(source_key) if self.on_loading else None
         return (source_key, None) if target is None else (target, _BY_NAME)
 
     def was_used(self) -> bool:

@@ -23,7 +23,7 @@ which plain parameter each part stands for; quantizing reads through these views
 | `Exl3Linear`       | `nn.Linear`, `Conv1D`                | itself                                         |
 | `Exl3SplitLinear`  | a fused projection (`qkv_proj`, ...) | its parts by name (`q_proj`, `k_proj`, ...)     |
 | `Exl3SlicedLinear` | a very wide MLP projection          | `slice.0`, `slice.1`, ...                      |
-| `Exl3Experts`      | experts fused into 3-D parameters   | `0.gate_proj`, `0.up_proj`, `0.down_proj`, ... |
+| `Exl3Experts`      | experts fused into 3-D parameters   | `0.expert_gate`, `0.expert_up`, ...            |
 | `Exl3Embedding`    | `nn.Embedding`                      | itself                                         |
 """
 
@@ -328,12 +328,17 @@ def _grouped(layers: list[Exl3Linear], x: torch.Tensor, bounds: torch.Tensor) ->
 
 
 class Exl3Expert(nn.Module):
-    """One expert: its projections under the names that the checkpoint has for them."""
+    """
+    One expert: its projections, `expert_gate` (if there is one), `expert_up` and `expert_down`.
+
+    Checkpoints have other names for them, by architecture. PEFT takes those, as targets of LoRA, for parameters of upstream's
+    fused experts.
+    """
 
     def __init__(self, projections: dict[str, Exl3Linear]):
         super().__init__()
-        for name, projection in projections.items():
-            self.add_module(name, projection)
+        for role, projection in projections.items():
+            self.add_module(f"expert_{role}", projection)
 
 
 class Exl3Experts(Exl3Module):
@@ -341,15 +346,14 @@ class Exl3Experts(Exl3Module):
     Experts of a mixture, each with its own quantized projections.
 
     Args:
-        experts (`list[dict[str, Exl3Linear]]`): The projections of each expert.
-        names (`dict[str, str]`): Name of the projection in a checkpoint for each of `gate` (if there is one), `up`, `down`.
+        experts (`list[dict[str, Exl3Linear]]`): The projections of each expert: `gate` (if there is one), `up`, `down`.
         plain (`nn.Module`): The model's own experts, whose gating function is used.
     """
 
-    def __init__(self, experts: list[dict[str, Exl3Linear]], names: dict[str, str], plain: nn.Module):
+    def __init__(self, experts: list[dict[str, Exl3Linear]], plain: nn.Module):
         super().__init__()
         self._stand_for(plain)
-        self.names = names
+        self.roles = tuple(experts[0])
         self.num_experts, self.first, self.is_part = len(experts), 0, False
         for index, projections in enumerate(experts):
             self.add_module(str(index), Exl3Expert(projections))
@@ -365,7 +369,7 @@ class Exl3Experts(Exl3Module):
         self.num_experts, self.first, self.is_part = count, first, True
 
     def projection(self, expert: int, role: str) -> nn.Module:
-        return self._modules[str(self.first + expert)]._modules[self.names[role]]
+        return self._modules[str(self.first + expert)]._modules[f"expert_{role}"]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -389,9 +393,9 @@ class Exl3Experts(Exl3Module):
             experts, bounds = self._active(routed)
             if not experts:
                 return torch.zeros_like(hidden_states)
-        layers = {role: [self.projection(expert, role) for expert in experts] for role in self.names}
+        layers = {role: [self.projection(expert, role) for expert in experts] for role in self.roles}
         x = hidden_states[tokens]
-        if all(_is_untouched(layer) for role in self.names for layer in layers[role]):
+        if all(_is_untouched(layer) for role in self.roles for layer in layers[role]):
             output = self._expert(lambda role, rows: _grouped(layers[role], rows, bounds), x)
         else:
             output = x.new_zeros(x.shape)
@@ -412,7 +416,7 @@ class Exl3Experts(Exl3Module):
     def _expert(self, project: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What experts compute of rows `x`, where `project(role, rows)` are their projections."""
         hidden = project("up", x)
-        if "gate" in self.names:
+        if "gate" in self.roles:
             gate = project("gate", x)
             if self.plain.is_concatenated:
                 hidden = self.plain._apply_gate(torch.cat((gate, hidden), dim=-1))
@@ -431,14 +435,14 @@ class Exl3Experts(Exl3Module):
                 continue  # another process has it
             if name.startswith("down_proj"):
                 pieces = {"down": view}
-            elif "gate" not in self.names:
+            elif "gate" not in self.roles:
                 pieces = {"up": view}
             elif self.plain.is_concatenated:
                 pieces = dict(zip(("gate", "up"), view.chunk(2)))
             else:
                 pieces = {"gate": view[::2], "up": view[1::2]}
             for role, piece in pieces.items():
-                yield f"{expert}.{self.names[role]}", leaf, piece
+                yield f"{expert}.expert_{role}", leaf, piece
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"

@@ -168,7 +168,7 @@ def adapt_tensor_plan(model: nn.Module, own: dict[str, str] | None, ranks: int, 
             for name in [name for name in plan if name.rpartition(".")[0] == rule and name not in tensors]:
                 del plan[name]  # for a fused parameter
             if wanted.get(rule) == EXPERTS_CUT:
-                plan.update({f"{rule}.*.{name}": PROJECTIONS[role] for role, name in module.names.items()})
+                plan.update({f"{rule}.*.expert_{role}": PROJECTIONS[role] for role in module.roles})
         style = wanted.get(rule)
         problem = style and rule not in dispatched and _misfit(path, module, style, ranks)
         if problem and style in GATHERED and rule not in (own or {}):
@@ -193,9 +193,9 @@ def _misfit(path: str, module: nn.Module, style: str, ranks: int) -> str | None:
     layers = [(path, module, "in" if style.startswith("rowwise") else "out")]
     if isinstance(module, Exl3Experts) and style == EXPERTS_CUT:
         layers = [
-            (f"{path}.{index}.{name}", module.projection(index, role), "in" if role == "down" else "out")
+            (f"{path}.{index}.expert_{role}", module.projection(index, role), "in" if role == "down" else "out")
             for index in range(module.num_experts)
-            for role, name in module.names.items()
+            for role in module.roles
         ]
         if any(layer.bias is not None for _, layer, _ in layers):
             return f"{path}: experts with biases are not cut"

@@ -246,14 +246,14 @@ class Placement:
             projections = {}
             for role in roles:
                 sizes = (intermediate, hidden) if role == "down" else (hidden, intermediate)
-                projections[names[role]] = self._linear(parts[expert, names[role]], *sizes)
+                projections[role] = self._linear(parts[expert, names[role]], *sizes)
             experts.append(projections)
         ordered = {key: parts[key] for key in ((e, names[role]) for e in range(count) for role in roles)}
         parts.clear()
         parts.update(ordered)
         if any(layer is None for projections in experts for layer in projections.values()):
             return None
-        return Exl3Experts(experts, {role: names[role] for role in roles}, plain)
+        return Exl3Experts(experts, plain)
 
     def _embedding(self, name: str, path: str, tensors) -> Exl3Embedding | None:
         plain = self._paths.get(path)

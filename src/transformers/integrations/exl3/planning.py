@@ -53,7 +53,7 @@ class Plan:
 
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
-        names (`dict[str, str]`): Tensor names beside a fused module, as checkpoints have them, to those inside of it.
+        names (`dict[str, str]`): Tensor names that checkpoints have for parts of fused modules, to those in the model.
         tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
         weights (`int`): How many weights there are to quantize.
 
@@ -134,7 +134,7 @@ class Plan:
     def _build(self, path: str, bits: float) -> Exl3Module:
         module = self._paths[path]
         if is_experts(module):
-            return self._experts(module, bits)
+            return self._experts(path, module, bits)
         parent, _, name = path.rpartition(".")
         in_features, out_features = linear_sizes(module)
         bias = module.bias is not None
@@ -149,11 +149,16 @@ class Plan:
                 return Exl3SplitLinear(layers, module)
         return self._linear(in_features, out_features, bits, bias, module)
 
-    def _experts(self, module: nn.Module, bits: float) -> Exl3Experts:
+    def _experts(self, path: str, module: nn.Module, bits: float) -> Exl3Experts:
         count, hidden, intermediate = expert_sizes(module)
         roles = ("gate", "up", "down") if hasattr(module, "gate_up_proj") else ("up", "down")
-        names = {role: self._expert_names[role] for role in roles}
         bias = hasattr(module, "down_proj_bias")
         shapes = {role: (intermediate, hidden) if role == "down" else (hidden, intermediate) for role in roles}
-        experts = [{names[role]: self._linear(*shapes[role], bits, bias) for role in roles} for _ in range(count)]
-        return Exl3Experts(experts, names, module)
+        experts = [{role: self._linear(*shapes[role], bits, bias) for role in roles} for _ in range(count)]
+        self.names |= {
+            f"{path}.{index}.{self._expert_names[role]}.{tensor}": f"{path}.{index}.expert_{role}.{tensor}"
+            for index, projections in enumerate(experts)
+            for role, layer in projections.items()
+            for tensor in layer.stored
+        }
+        return Exl3Experts(experts, module)

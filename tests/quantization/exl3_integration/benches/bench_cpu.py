@@ -194,14 +194,9 @@ def experts_table(count=64, active=8, hidden=2048, intermediate=768):
     )
     with torch.device("meta"):
         plain = Qwen3MoeExperts(config)
-    shapes = {
-        "gate_proj": (hidden, intermediate),
-        "up_proj": (hidden, intermediate),
-        "down_proj": (intermediate, hidden),
-    }
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    layers = [{name: random_exl3_linear(*shape, 4) for name, shape in shapes.items()} for _ in range(count)]
-    experts = Exl3Experts(layers, names, plain)
+    shapes = {"gate": (hidden, intermediate), "up": (hidden, intermediate), "down": (intermediate, hidden)}
+    layers = [{role: random_exl3_linear(*shape, 4) for role, shape in shapes.items()} for _ in range(count)]
+    experts = Exl3Experts(layers, plain)
     print(
         f"\n| tokens | {active} of {count} experts, {hidden} x {intermediate} (ms) | the sum of their products (ms) |\n|---|---|---|"
     )

@@ -156,10 +156,9 @@ def experts_table(device, hidden, width, count, row_counts, implementation):
         plain = Qwen3MoeExperts(config).to(torch.bfloat16)
     for parameter in plain.parameters():
         parameter.normal_(std=0.02)
-    names = {role: f"{role}_proj" for role in ("gate", "up", "down")}
-    sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
-    experts = [{name: quantized_layer(*size, 4, device) for name, size in sizes.items()} for _ in range(count)]
-    ours, timer = Exl3Experts(experts, names, plain), Timer(device)
+    sizes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
+    experts = [{role: quantized_layer(*size, 4, device) for role, size in sizes.items()} for _ in range(count)]
+    ours, timer = Exl3Experts(experts, plain), Timer(device)
     for rows in row_counts:
         # Each token goes through all experts in turn, so that the cache does not hold the next ones.
         turns = [torch.randperm(count, device=device).view(-1, 8) for _ in range(rows)]
