@@ -96,6 +96,14 @@ WAYS = {
 }
 
 
+REFUSES_ADAPTERS = {
+    ("llama", "tensor_parallel"): ["q_proj"],
+    ("llama", "fsdp"): ["q_proj"],
+    ("qwen3_moe", "tensor_parallel"): ["expert_up"],
+    ("qwen3_moe", "expert_parallel"): ["expert_up"],
+}
+
+
 def work(folder, tasks):
     """What each process does, for every checkpoint and way: load its part, write the results and the checkpoint."""
     torch.set_num_threads(1)
@@ -107,6 +115,10 @@ def work(folder, tasks):
         model.save_pretrained(out)
         if torch.distributed.get_rank() == 0:
             torch.save(found | {"held": held}, os.path.join(out, "results.pt"))
+        if is_peft_available() and (name, way) in REFUSES_ADAPTERS:
+            with unittest.TestCase().assertRaisesRegex(RuntimeError, "divided among processes"):
+                model = get_peft_model(model, LoraConfig(target_modules=REFUSES_ADAPTERS[name, way]))
+                model(torch.tensor([[3, 4, 5]]))
     source = os.path.join(folder, "llama")
     if is_peft_available():
         torch.save(adapter_gradients(source, shard=True), os.path.join(source, "gradients.pt"))

@@ -105,7 +105,7 @@ class Exl3Converter(WeightConverter):
         self.targets = targets
 
     def __deepcopy__(self, memo):
-        return type(self)(self.targets, self.operations[0])  # upstream copies it for each target
+        return Exl3Converter(self.targets, self.operations[0])  # upstream copies it for each target
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         target = self.targets.get(source_key)

@@ -227,6 +227,11 @@ class Exl3Linear(Exl3Module, nn.Linear):
 
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
+        if hasattr(self.trellis, "to_local"):
+            raise RuntimeError(
+                "This Exl3Linear is divided among processes and has no weight as a whole. Add adapters before `fully_shard`; with "
+                "`tp_size` there are none. Load the checkpoint with `Exl3Config(dequantize=True)` for a plain model."
+            )
         if leaf == "bias":
             return self.bias[: self.out_features]
         weight = ops.dequantize(self.codes, *self.scales, self.codebook)
@@ -397,6 +402,10 @@ class Exl3Experts(Exl3Module):
         x = hidden_states[tokens]
         if all(_is_untouched(layer) for role in self.roles for layer in layers[role]):
             output = self._expert(lambda role, rows: _grouped(layers[role], rows, bounds), x)
+        elif self.is_part:
+            raise RuntimeError(
+                "Adapters on experts that are divided among processes are not supported: leave out `ep_size`."
+            )
         else:
             output = x.new_zeros(x.shape)
             ends = bounds.tolist()
