@@ -388,6 +388,12 @@ class Exl3Experts(Exl3Module):
         Returns:
             `torch.Tensor`: `[tokens, hidden]`.
         """
+        if self.is_part and any(
+            type(layer) is not Exl3Linear for expert in self.children() for layer in expert.children()
+        ):
+            raise RuntimeError(
+                "Adapters on experts that are divided among processes are not supported: leave out `ep_size`."
+            )
         routed, order = top_k_index.flatten().sort(stable=True)
         tokens = order // top_k_index.shape[-1]
         if torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
@@ -402,10 +408,6 @@ class Exl3Experts(Exl3Module):
         x = hidden_states[tokens]
         if all(_is_untouched(layer) for role in self.roles for layer in layers[role]):
             output = self._expert(lambda role, rows: _grouped(layers[role], rows, bounds), x)
-        elif self.is_part:
-            raise RuntimeError(
-                "Adapters on experts that are divided among processes are not supported: leave out `ep_size`."
-            )
         else:
             output = x.new_zeros(x.shape)
             ends = bounds.tolist()
