@@ -71,10 +71,8 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model, plan):
         asked = getattr(model.config, "distributed_config", None)
-        if (
-            asked is None or plan is model.ep_plan
-        ):  # this is called for each of the two plans, the other one comes first
-            return
+        if asked is None or plan is model.ep_plan:
+            return  # upstream calls this for the tensor parallel plan first: what is to be done to both is done then
         if asked.pp_size > 1:
             raise ValueError(
                 "EXL3 models cannot be distributed by `pp_size`: upstream sends activations between stages in the dtype of a stage's "

@@ -27,6 +27,7 @@ from parameterized import parameterized
 
 import transformers
 from transformers import AutoConfig, Exl3Config, GPTQConfig
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
 from transformers.testing_utils import require_accelerate, require_torch
@@ -268,9 +269,10 @@ class Exl3QuantizerTest(unittest.TestCase):
 
     def test_one_process_needs_no_parallel_plan(self):
         quantizer = Exl3HfQuantizer(Exl3Config(), pre_quantized=True)
-        for sizes in ({"distributed_config": SimpleNamespace(tp_size=1)}, {"distributed_config": None}, {}):
+        for sizes in ({"distributed_config": DistributedConfig(tp_size=1)}, {"distributed_config": None}, {}):
             plan = {"layers.*.mlp.up_proj": "colwise"}
-            quantizer.update_parallel_plan(SimpleNamespace(config=SimpleNamespace(**sizes)), plan)
+            model = SimpleNamespace(config=SimpleNamespace(**sizes), tp_plan=plan, ep_plan={})
+            quantizer.update_parallel_plan(model, plan)
             self.assertEqual(plan, {"layers.*.mlp.up_proj": "colwise"})
 
 

@@ -53,7 +53,7 @@ if is_peft_available():
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "source" / "en" / "quantization" / "exl3.md"
 SIZES = {
     "hidden_size": 256,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -196,7 +196,7 @@ def phi3():
         layer = f"model.layers.{index}"
         parts = {f"{layer}.self_attn.{name}_proj": 256 for name in "qkv"}
         checkpoint.quantize(f"{layer}.self_attn.qkv_proj", parts)
-        parts = {f"{layer}.mlp.{name}_proj": 512 for name in ("gate", "up")}
+        parts = {f"{layer}.mlp.{name}_proj": 256 for name in ("gate", "up")}
         checkpoint.quantize(f"{layer}.mlp.gate_up_proj", parts)
     checkpoint.quantize_all("layers")
     checkpoint.quantize("lm_head")

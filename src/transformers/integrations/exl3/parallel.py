@@ -59,13 +59,16 @@ class Exl3Colwise(ColwiseParallel):
             return super().shard_param(module, param, mesh)
         _cut(module, param, mesh, COLUMNS)
 
-    @contextmanager
     def context_around_forward(self, module, mesh):
+        context = super().context_around_forward(module, mesh)
+        return self._own_outputs(module, mesh, context) if isinstance(module, Exl3Linear) else context
+
+    @contextmanager
+    def _own_outputs(self, module, mesh, context):
         whole = module.out_features
+        module.out_features = whole // mesh.size()
         try:
-            with super().context_around_forward(module, mesh):
-                if isinstance(module, Exl3Linear):
-                    module.out_features = whole // mesh.size()
+            with context:
                 yield
         finally:
             module.out_features = whole
