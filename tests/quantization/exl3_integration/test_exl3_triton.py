@@ -351,7 +351,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         count = 2 if bits < 4 and cost == "integer" else 1
         self._check_search(search_case(count, bits, format.CODEBOOKS[int(2 * bits) % 3], cost))
 
-    @parameterized.expand([(4, "integer", 4, 8), (2.5, "fp32", 2, 11), (1, "integer", 4, 12), (5, "integer", 2, 7)])
+    @parameterized.expand([(4, "integer", 4, 8), (2.5, "fp32", 2, 11), (1, "integer", 4, 12), (5, "integer", 2, 9)])
     def test_search_as_it_is_compiled(self, bits, cost, tiles, thread_bits):
         """Tiles side by side in a program, the last of them missing, runs of nodes, and several parts of them in turn."""
         even, odd = int(bits), int(2 * bits) - int(bits)

@@ -37,15 +37,10 @@ from .triton_target import Target
 
 
 SCRATCH_BYTES = 1 << 30  # for the rows of all programs
-FEW_BITS = 4  # above there are few nodes, and half as many threads
-MAX_TILES = 4  # of a program. UNMEASURED, as the two that follow
-MAX_OUTPUT_BITS = (
-    4  # of a thread's nodes. With four tiles 2^4 need 128 registers, 2^3 need 80 and 0.15 instructions more
-)
-THREADS, PROCESSOR_THREADS = (
-    256,
-    512,
-)  # of a program, where there is work for so many, and of all programs of a processor
+THREADS = {2: 512, 4: 256, 8: 128}  # of a program, by the largest rate: high ones have few nodes
+PROCESSOR_THREADS = 512  # of all programs of a processor: what 128 registers a thread leave room for
+MAX_TILES = 4  # of a program. UNMEASURED, as all of these
+MAX_OUTPUT_BITS = 4  # of a thread's nodes. With 4 tiles, 2^4 need 128 registers; 2^3 need 80 and 4 % more instructions
 
 _STATE_BITS, _STATES = tl.constexpr(format.STATE_BITS), tl.constexpr(format.NUM_STATES)
 _WHOLE = tl.constexpr(0x4B000000)  # the bits of 2^23, from which on fp32 numbers are whole
@@ -189,7 +184,7 @@ def _cheapest(row, row_stride, TILES: tl.constexpr, THREADS: tl.constexpr, NODES
     return tl.min(tl.where(least == tl.min(least, axis=1)[:, None], cheapest, NODES), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "length", "window", "kept"])
 def _search(
     weights,
     values,
@@ -292,21 +287,20 @@ def _search(
 
 @dataclass(frozen=True)
 class Options:
-    """How the search is compiled: the tiles of a program, its threads, and bits of the nodes of a thread by parity."""
+    """
+    How the search is compiled: tiles of a program, its threads and, for even and odd weights, the bits of a thread's nodes.
+    And how many programs a processor has registers for.
+    """
 
     tiles: int
     threads: int
     output_bits: tuple[int, int]
+    programs: int = 1
 
 
 def _added(bits):
     """The bits that even and odd weights add to the stream."""
     return int(bits), int(2 * bits) - int(bits)
-
-
-def processor_threads(target: Target) -> int:
-    """Threads that there are registers for. For Blackwell the compiler takes up to 254 for each, elsewhere up to 128."""
-    return 256 if target.capability >= 100 else 512
 
 
 @lru_cache
@@ -316,12 +310,14 @@ def choose(bits: float, kept_bytes: int, target: Target) -> Options:
     if target.backend == "interpreter":  # few operations on large tensors
         return Options(1, format.NUM_STATES >> odd + 1, (1, 1))
     tiles = max(1, min(MAX_TILES, SCRATCH_BYTES // (target.processors * kept_bytes)))
-    threads = THREADS if bits <= FEW_BITS else THREADS // 2
+    threads = next(threads for largest, threads in THREADS.items() if bits <= largest)
     output_bits = (
         min(MAX_OUTPUT_BITS, shift, (format.NUM_STATES >> choice_bits).bit_length() - threads.bit_length())
         for shift, choice_bits in ((even, odd), (odd, even))
     )
-    return Options(1 << tiles.bit_length() - 1, threads, tuple(output_bits))
+    # For Blackwell the compiler takes up to 254 registers a thread.
+    programs = max(1, (PROCESSOR_THREADS // 2 if target.capability >= 100 else PROCESSOR_THREADS) // threads)
+    return Options(1 << tiles.bit_length() - 1, threads, tuple(output_bits), programs)
 
 
 def kernel(
@@ -347,7 +343,7 @@ def kernel(
     programs = min(
         triton.cdiv(count, options.tiles),
         max(1, SCRATCH_BYTES // program_bytes),
-        max(1, target.processors * processor_threads(target) // options.threads),
+        target.processors * options.programs,
     )
     rows = torch.empty(programs * program_bytes // cost_dtype.itemsize, dtype=cost_dtype, device=tiles.device)
     tables = [_arranged(values, *both) for both in zip((odd, even), options.output_bits)]
