@@ -205,9 +205,8 @@ def has_search(device: torch.device) -> bool:
     """Whether `search` works on `device`, on which the other kernels do. Warns the first time when it does not."""
     tiles = torch.randn(2, format.TILE_SIZE, generator=torch.Generator().manual_seed(0))
     try:
-        if not torch.equal(
-            search(tiles.to(device), 4, "mul1").cpu(), trellis_search.search_reference(tiles, 4, "mul1")
-        ):
+        found = search(tiles.to(device), 3, "mul1").cpu()
+        if not torch.equal(found, trellis_search.search_reference(tiles, 3, "mul1")):
             raise RuntimeError("it finds other states than the reference")
     except Exception as error:
         _warn(f"the trellis search does not work on {device}. {type(error).__name__}: {error}")

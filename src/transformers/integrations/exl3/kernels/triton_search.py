@@ -21,8 +21,9 @@ again at each node that it comes to. There are only so many programs as there is
 
 Integer costs are the lowest digits of fp32 numbers from 2^23 on, which are whole and exact. A state takes three
 instructions: a difference, a product to which the cost is added, and a minimum. The words that weights and values are
-rounded to begin at 2^23, too, or at 2^15 and are 1/256 each: the square of a difference is then the cost of 8 bits with a
-fraction, which is rounded off where the cost is added, by an instruction of NVIDIA's that rounds towards zero.
+rounded to begin at 2^23, too, or at 2^15 and are 1/256 each: the square of a difference is then a cost of 8 bits with a
+fraction, which is cut off where the cost so far is added, by an instruction of NVIDIA's that rounds towards zero. Elsewhere
+that takes two more.
 """
 
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def _search(
         node = tl.full((TILES,), -1, tl.int32)  # where the path begins and ends, if that is known
         saturated = tl.zeros((TILES,), tl.int1)
         for search_index in range(2):
-            is_last = search_index == 1
+            is_last = search_index == 1  # of two: the first is for the node between the last and the first weight
             steps, start = tl.where(is_last, length, 2 * window), tl.where(is_last, 0, length - window)
 
             for begin in range(0, NODES, THREADS):
@@ -258,6 +259,7 @@ def _search(
 
             if not is_last:
                 node = _cheapest(rows + steps * row_stride, NODES, TILES, THREADS, NODES)
+            # The way back: the first of the cheapest candidates for each node, as the steps had them.
             choices = tl.arange(0, 1 << ODD)[None, :]
             for step in range(steps - 1, tl.where(is_last, 0, window) - 1, -1):
                 parity = step & 1
