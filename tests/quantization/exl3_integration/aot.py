@@ -32,6 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from transformers.integrations.exl3 import format
+from transformers.integrations.exl3.kernels import triton_search
 from transformers.integrations.exl3.kernels.triton_target import Target
 
 
@@ -47,7 +49,15 @@ SHARED_LIMITS = {
     "gfx942": 64 * 1024,
     "gfx1100": 64 * 1024,
 }
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+}
 _PROCESSORS = {
     "sm_80": 108,
     "sm_86": 84,
@@ -114,14 +124,36 @@ class Compiled:
 
     def loop(self) -> Counter:
         """The instructions of NVIDIA's machine code in the loop that has most matrix instructions, by class."""
+        return max(self._loops(), key=lambda body: (sum(body[name] for name in body if "MMA" in name), -body.total()))
+
+    def nest(self, products: int, trips: list[int]) -> tuple[Counter, float]:
+        """
+        The shortest loop with at least `products` multiplications of floating point numbers, and how many instructions all
+        its rounds take with those of the loops around it, which make `trips` rounds from the innermost on. The last is for
+        one round. Where the compiler has unrolled the innermost it has a multiple of `products`.
+        """
+
+        def count(body):
+            pairs = body["FFMA2"] + body["FMUL2"]
+            return body["FFMA"] + body["FMUL"] + 2 * pairs
+
+        around = sorted((body for body in self._loops() if count(body) >= products), key=Counter.total)
+        total, unrolled = around[0].total(), count(around[0]) // products
+        for rounds, inner, outer in zip(trips, around, around[1:]):
+            total = total * rounds / unrolled + outer.total() - inner.total()
+            unrolled = 1
+        return around[0], total
+
+    def _loops(self) -> list[Counter]:
+        """The instructions of NVIDIA's machine code in each loop, by class, with those of the loops inside."""
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", _cuobjdump(self.asm["cubin"], "-sass"))
         code = [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", text.strip())) for address, text in lines]
         bodies = []
         for address, text in code:
             jump = re.match(r"BRA\b.*?(0x[0-9a-f]+)", text)
             if jump and (start := int(jump[1], 16)) < address:
-                bodies.append([_class(text) for at, text in code if start <= at <= address])
-        return Counter(max(bodies, key=lambda body: (sum("MMA" in name for name in body), -len(body))))
+                bodies.append(Counter(_class(text) for at, text in code if start <= at <= address))
+        return bodies
 
 
 def compiled(launch: Launch, arch: str) -> Compiled:
@@ -149,6 +181,23 @@ def compiled(launch: Launch, arch: str) -> Compiled:
     kernel = triton.compile(source, target=gpu, options={"num_warps": launch.warps, **launch.extra})
     read = _nvidia if arch.startswith("sm_") else _amd
     return Compiled(dict(kernel.asm), *read(kernel.asm), kernel.metadata.shared, launch.warps)
+
+
+def search_launch(arch: str, bits: float, dtype: torch.dtype) -> Launch:
+    """The trellis search of a large matrix, with costs of fp32 or, for `torch.int16`, with integer ones."""
+    tiles, values = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((1 << 16, 256), format.NUM_STATES))
+    return launches(lambda: triton_search.kernel(tiles, values, None, bits, 48, target(arch)))[0]
+
+
+def search_instructions(launch: Launch, kernel: Compiled) -> tuple[Counter, float]:
+    """The inner loop of a search at a whole rate, by class, and instructions a state of a step as a whole."""
+    options = launch.arguments
+    bits, tiles, threads = (options[name] for name in ("EVEN", "TILES", "THREADS"))
+    ahead, outputs = min(triton_search._AHEAD.value, 1 << bits), 1 << options["EVEN_OUTPUT_BITS"]
+    parts = format.NUM_STATES >> bits
+    trips = [trip for trip in ((1 << bits) // ahead, parts // (threads * outputs)) if trip > 1]
+    inner, total = kernel.nest(tiles * outputs * ahead, trips)
+    return inner, total * threads / (tiles * format.NUM_STATES)
 
 
 def _nvidia(asm):

@@ -27,9 +27,10 @@ from unittest import mock
 import torch
 from parameterized import parameterized
 
-from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3 import format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
-from transformers.integrations.exl3.kernels import gpu
+from transformers.integrations.exl3.kernels import cpu, gpu
+from transformers.testing_utils import slow
 
 from .triton_cases import (
     INTERPRETED,
@@ -42,12 +43,20 @@ from .triton_cases import (
     relative_error,
     require_interpreter,
     require_triton,
+    search_case,
     triton,
 )
 
 
 if triton:
-    from transformers.integrations.exl3.kernels import experts, triton_codes, triton_hadamard, triton_linear
+    from transformers.integrations.exl3.kernels import (
+        experts,
+        triton_codes,
+        triton_hadamard,
+        triton_linear,
+        triton_search,
+        triton_target,
+    )
     from transformers.integrations.exl3.kernels.triton_linear import Options
 
 
@@ -56,7 +65,15 @@ class Exl3TritonProcessTest(unittest.TestCase):
     @unittest.skipIf(INTERPRETED, "this is that process")
     def test_kernels_under_the_interpreter(self):
         """Runs `Exl3TritonInterpreterTest` in a process where Triton interprets."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "InterpreterTest"]
+        self._interpret("InterpreterTest")
+
+    @unittest.skipIf(INTERPRETED, "this is that process")
+    @slow
+    def test_search_of_whole_tiles_under_the_interpreter(self):
+        self._interpret("WholeTilesTest")
+
+    def _interpret(self, tests):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests]
         run = subprocess.run(
             command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
         )
@@ -326,6 +343,64 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         for ours, reference in zip(found, expected):
             self.assertLess(relative_error(ours, reference.double()), 1e-6)
 
+    @parameterized.expand(
+        [(bits, cost) for bits in format.BITS for cost in ("integer", "fp32") if bits < 6 or cost == "integer"]
+    )
+    def test_search_finds_the_states_of_the_reference(self, bits, cost):
+        """In rings of two states, of which some saturate."""
+        count = 2 if bits < 4 and cost == "integer" else 1
+        self._check_search(search_case(count, bits, format.CODEBOOKS[int(2 * bits) % 3], cost))
+
+    @parameterized.expand([(4, "integer", 4, 8), (2.5, "fp32", 2, 11), (1, "integer", 4, 12), (5, "integer", 2, 9)])
+    def test_search_as_it_is_compiled(self, bits, cost, tiles, thread_bits):
+        """Tiles side by side in a program, the last of them missing, runs of nodes, and several parts of them in turn."""
+        even, odd = int(bits), int(2 * bits) - int(bits)
+        output_bits = tuple(
+            min(triton_search.MAX_OUTPUT_BITS, shift, 16 - choice_bits - thread_bits)
+            for shift, choice_bits in ((even, odd), (odd, even))
+        )
+        options = triton_search.Options(tiles, 1 << thread_bits, output_bits)
+        with mock.patch.object(triton_search, "choose", lambda *_: options):
+            self._check_search(search_case(tiles - 1, bits, "mul1", cost, weights=4))
+
+    def test_search_with_scratch_for_one_program(self):
+        with mock.patch.object(triton_search, "SCRATCH_BYTES", 1):
+            self._check_search(search_case(3, 2, "mcg", "integer", weights=4))
+
+    def _check_search(self, case):
+        expected = search.reference_kernel(*case)
+        found = triton_search.kernel(*case, triton_target.target_of(torch.device("cpu")))
+        self.assertTrue(torch.equal(found, expected))
+
+    def test_search_of_a_whole_tile(self):
+        tile = Layer(256, 128).inputs(1)
+        found = gpu.search(tile, 1, "mul1", "fast")
+        self.assertTrue(torch.equal(found, search.search_reference(tile, 1, "mul1", "fast")))
+
+    def test_bad_tiles_are_refused(self):
+        for tiles in (torch.zeros(2, 256).double(), torch.zeros(2, 128), torch.zeros(256)):
+            with self.assertRaisesRegex(ValueError, r"tiles must be float32 \[n, 256\]"):
+                gpu.search(tiles, 4, "mul1")
+        with self.assertRaisesRegex(ValueError, "finite"):
+            gpu.search(torch.full((1, 256), float("inf")), 4, "mul1")
+        with self.assertRaisesRegex(ValueError, "no rate"):
+            gpu.search(torch.zeros(1, 256), 4.5, "mul1")
+        self.assertEqual(gpu.search(torch.empty(0, 256), 4, "mul1").shape, (0, 256))
+
+    def test_the_operator_of_encoding(self):
+        """`exl3::encode` with the search of this door, whose kernel is another one here to save time."""
+        weight = Layer(200, 100).inputs(100)
+        expected = ops.encode(weight, 3, "mul1", 5)
+        other = cpu._search_kernel if cpu.is_available() else search.reference_kernel
+        self.addCleanup(gpu.has_search.cache_clear)
+        with (
+            mock.patch.object(gpu, "is_available", lambda device: True),
+            mock.patch.object(triton_search, "kernel", lambda *args: other(*args[:-1])),
+            mock.patch.object(gpu, "search", wraps=gpu.search) as found,
+        ):
+            self.assertTrue(all(map(torch.equal, ops.encode(weight, 3, "mul1", 5), expected)))
+        self.assertGreater(found.call_count, 1)
+
     def test_no_rows_and_more_dimensions(self):
         layer = Layer(200, 100, 3)
         self.assertEqual(layer.linear(layer.inputs(0)).shape, (0, 100))
@@ -363,3 +438,15 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         layer.svh = layer.svh.to("meta")
         with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
             layer.linear(layer.inputs(1))
+
+
+@require_interpreter
+@slow
+class Exl3TritonWholeTilesTest(unittest.TestCase):
+    @parameterized.expand([(bits, format.CODEBOOKS[index % 3]) for index, bits in enumerate(format.BITS)])
+    def test_search(self, bits, codebook):
+        tiles = Layer(256, 128).inputs(2) * search.INPUT_RMS[codebook][bits]
+        tiles[1, ::37] *= 5
+        for effort in search.EFFORTS if bits <= 4 else ("default",):
+            expected = search.search_reference(tiles, bits, codebook, effort)
+            self.assertTrue(torch.equal(gpu.search(tiles, bits, codebook, effort), expected))

@@ -20,24 +20,27 @@ import numpy as np
 import torch
 from parameterized import parameterized
 
-from transformers.integrations.exl3 import format
+from transformers.integrations.exl3 import format, search
 from transformers.testing_utils import slow
 
 from .triton_cases import all_codes, require_compiler, triton
 
 
 if triton:
-    from transformers.integrations.exl3.kernels import triton_codes, triton_linear
+    from transformers.integrations.exl3.kernels import triton_codes, triton_linear, triton_search
     from transformers.integrations.exl3.kernels.triton_linear import choose
 
     from . import aot
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
 MAX_INSTRUCTIONS = 6.5  # a weight, in the product of few rows
+MAX_SEARCH_INSTRUCTIONS = 4.5  # a state and step, in the search at 4 bits
+# Bytes that a thread of the search spills at a rate with costs of a dtype: there LLVM keeps to 64 registers on gfx1100.
+UNAVOIDABLE_SPILLS = {("gfx1100", 2.5, torch.float32): 16}
 
 
 class PtxEmulator:
-    """Runs the few instructions of PTX that the codebooks use, on arrays: PTX ISA 9, "Instruction Set"."""
+    """Runs the few instructions of PTX that the kernels use, on arrays: PTX ISA 9, "Instruction Set"."""
 
     def __init__(self, text: str):
         lines = [line.strip().rstrip(";") for line in re.split(r"[;{}]", text)]
@@ -85,6 +88,12 @@ class PtxEmulator:
             result |= ((both >> np.uint64(8 * chosen)) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * place)
         return result
 
+    def fma_rz_f32(self, a, b, c):
+        """Of numbers that are not negative, and exact in float64."""
+        exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+        rounded = exact.astype(np.float32)
+        return np.where(rounded > exact, np.nextafter(rounded, np.float32(0)), rounded)
+
     def add_rn_f16x2(self, a, b):
         return self._by_halves(lambda x, y: x + y, a, b)
 
@@ -108,6 +117,40 @@ class Exl3TritonCompilerTest(unittest.TestCase):
         expected = format.codebook_values(codebook).numpy()
         pairs = emulate(states, states[::-1].copy()).view(np.float16).reshape(-1, 2)
         self.assertTrue((pairs[:, 0] == expected).all() and (pairs[:, 1] == expected[::-1]).all())
+
+    @parameterized.expand([(4,), (6,)])
+    def test_assembly_computes_integer_costs(self, bits):
+        """Every difference of words, added to the least and the largest cost that is none of a saturated node's."""
+        limit = search.saturated_cost(bits)
+        difference = torch.arange(1 << 16, dtype=torch.int32)
+        words = triton_search._as_numbers(torch.arange(-(1 << 15), 1 << 15).short(), 2.0**15 if bits <= 4 else 2.0**23)
+        for weight in (words[0], words[-1]):
+            for cost in (0, 1, limit - 1):
+                before = np.full(1 << 16, 0x4B000000 + cost, np.uint32).view(np.float32)
+                emulate = PtxEmulator(triton_search._PTX_COST.value)
+                extended = emulate((words - weight).numpy(), before).view(np.uint32).astype(np.int64) - 0x4B000000
+                away = difference if weight == words[0] else difference.flip(0)
+                metric = search._squared_differences(away.clamp(max=32767).short(), torch.zeros(()).short(), limit)
+                expected = (metric + cost).clamp(max=limit)
+                self.assertTrue((np.minimum(extended, limit) == expected.numpy()).all())
+
+    @parameterized.expand([(arch,) for arch in ARCHITECTURES])
+    def test_search_compiles_without_spills(self, arch):
+        for bits, dtype in ((4, torch.int16), (8, torch.int16), (3.5, torch.float32)):
+            if bits == 4 or arch in ("sm_90", "gfx942"):
+                self._check_search(arch, bits, dtype)
+
+    @parameterized.expand([(arch,) for arch in ARCHITECTURES + ("sm_86", "sm_89", "sm_120")])
+    @slow
+    def test_every_search_compiles_without_spills(self, arch):
+        for bits in format.BITS:
+            for dtype in (torch.int16, torch.float32):
+                self._check_search(arch, bits, dtype)
+
+    @parameterized.expand([("sm_80",), ("sm_90",), ("sm_100",)])
+    def test_instructions_a_state_of_the_search(self, arch):
+        launch = aot.search_launch(arch, 4, torch.int16)
+        self.assertLess(aot.search_instructions(launch, aot.compiled(launch, arch))[1], MAX_SEARCH_INSTRUCTIONS)
 
     @parameterized.expand([(arch,) for arch in ARCHITECTURES])
     def test_kernels_compile_without_spills(self, arch):
@@ -202,14 +245,23 @@ class Exl3TritonCompilerTest(unittest.TestCase):
             lambda: triton_linear.grouped_linear(x, bounds, table, *tensors, codebook, y, aot.target(arch))
         )
 
-    def _check(self, launch, arch):
+    def _check(self, launch, arch, spills=0):
         kernel = aot.compiled(launch, arch)
         what = f"{launch.kernel.__name__} for {arch}, {launch.arguments}"
-        self.assertEqual(kernel.spilled, 0, what)
+        self.assertLessEqual(kernel.spilled, spills, what)
         self.assertLessEqual(kernel.shared, aot.SHARED_LIMITS[arch], what)
         # The hint in `word_offsets` that words are contiguous is to lay out lanes, not to load vectors.
         if "trellis" in launch.arguments:
             self.assertEqual(kernel.weight_loads(), {"[1, 1, 1]"}, what)
+        return kernel
+
+    def _check_search(self, arch, bits, dtype):
+        launch = aot.search_launch(arch, bits, dtype)
+        kernel = self._check(launch, arch, UNAVOIDABLE_SPILLS.get((arch, bits, dtype), 0))
+        if arch.startswith("sm_") and dtype is torch.int16:
+            programs = triton_search.choose(bits, 1, aot.target(arch)).programs
+            registers = kernel.registers * launch.arguments["THREADS"] * programs
+            self.assertLessEqual(registers, 1 << 16, f"K = {bits}")
 
     def _instructions(self, arch, bits):
         """Instructions a weight in the main loop of the product of one row, whose turns are blocks of 128 x 128."""

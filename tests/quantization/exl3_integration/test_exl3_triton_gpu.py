@@ -21,10 +21,10 @@ from unittest import mock
 import torch
 from parameterized import parameterized
 
-from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3 import encoder, format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.kernels import cpu, gpu
 from transformers.integrations.exl3.kernels import experts as tables
-from transformers.integrations.exl3.kernels import gpu
 from transformers.testing_utils import require_torch, require_torch_accelerator, slow, torch_device
 
 from .triton_cases import (
@@ -37,6 +37,7 @@ from .triton_cases import (
     relative_error,
     require_compiler,
     require_triton,
+    search_case,
 )
 
 
@@ -53,7 +54,7 @@ class Exl3TritonFallbackTest(unittest.TestCase):
 
     @staticmethod
     def _forget():
-        for function in (gpu._imports, gpu._works, gpu._warn):
+        for function in (gpu._imports, gpu._works, gpu._warn, gpu.has_search):
             function.cache_clear()
 
     def test_missing_triton_is_told_once(self):
@@ -87,6 +88,22 @@ class Exl3TritonFallbackTest(unittest.TestCase):
             self.assertFalse(gpu.is_available(torch.device("cuda:1")))
         self.assertEqual(len(logs.output), 1)
         self.assertIn("RuntimeError: no C compiler", logs.output[0])
+
+    @require_triton
+    def test_broken_search_is_told_once(self):
+        device = torch.device("cpu")  # instead of a GPU
+        for broken, message in (
+            ({"side_effect": RuntimeError("no assembler")}, "RuntimeError: no assembler"),
+            ({"return_value": torch.zeros(2, format.TILE_SIZE, dtype=torch.int32)}, "other states than the reference"),
+        ):
+            self._forget()
+            with (
+                mock.patch.object(gpu, "search", **broken) as broken_search,
+                self.assertLogs("transformers.integrations.exl3.kernels.gpu", "WARNING") as logs,
+            ):
+                self.assertFalse(gpu.has_search(device) or gpu.has_search(device))
+            self.assertEqual((len(logs.output), broken_search.call_count), (1, 1))
+            self.assertIn(message, logs.output[0])
 
     @require_triton
     def test_working_triton_is_checked_once_for_each_device(self):
@@ -229,6 +246,59 @@ class Exl3TritonGpuTest(unittest.TestCase):
         for y in found:
             self.assertLess(relative_error(y, module(*inputs).double()), 1e-5)
 
+    @parameterized.expand(all_codes())
+    def test_search_finds_the_states_of_the_cpu(self, bits, codebook):
+        tiles = torch.randn(300, format.TILE_SIZE, generator=torch.Generator().manual_seed(0))
+        tiles *= search.INPUT_RMS[codebook][bits]
+        tiles[::7, ::37] *= 5  # some saturate
+        for effort in search.EFFORTS:
+            expected = self._search_on_cpu(tiles[:40] if effort == "exact" else tiles, bits, codebook, effort)
+            found = gpu.search(tiles[: len(expected)].to(torch_device), bits, codebook, effort)
+            self.assertTrue(torch.equal(found.cpu(), expected), effort)
+
+    @parameterized.expand([(bits, cost) for bits in (1, 2.5, 4, 8) for cost in ("integer", "fp32")])
+    def test_search_on_less_scratch(self, bits, cost):
+        """More tiles than there are programs for, whose number does not change the states."""
+        from transformers.integrations.exl3.kernels import triton_search
+        from transformers.integrations.exl3.kernels.triton_target import target_of
+
+        case = search_case(37, bits, "mul1", cost, device=torch_device)
+        expected = search.reference_kernel(*case)
+        for scratch in (1, 1 << 24, triton_search.SCRATCH_BYTES):
+            with mock.patch.object(triton_search, "SCRATCH_BYTES", scratch):
+                triton_search.choose.cache_clear()
+                self.addCleanup(triton_search.choose.cache_clear)
+                found = triton_search.kernel(*case, target_of(case[0].device))
+            self.assertTrue(torch.equal(found, expected))
+
+    def test_quantized_weights_have_the_bytes_of_the_cpu(self):
+        """What surrounds the search, too: elementwise operations in a fixed order, each of them rounded as IEEE 754 says."""
+        weight = torch.randn(1000, 700, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        expected = ops.encode(weight, 3, "mul1", 7)
+        with mock.patch.object(encoder, "search_reference", side_effect=AssertionError("the reference was used")):
+            found = ops.encode(weight.to(torch_device), 3, "mul1", 7)
+        for ours, theirs in zip(found, expected):
+            self.assertTrue(torch.equal(ours.cpu(), theirs))
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs the allocator's statistics")
+    def test_memory_of_quantizing(self):
+        from transformers.integrations.exl3.kernels import triton_search
+
+        weight = torch.randn(4096, 4096, dtype=torch.bfloat16, device=torch_device)
+        ops.encode(weight[:128], 4, "mul1", 0)
+        for bits in (1, 4, 8):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            ops.encode(weight, bits, "mul1", 0)
+            strip = encoder.ACCELERATOR_STRIP_ELEMENTS * torch.float64.itemsize
+            limit = triton_search.SCRATCH_BYTES + 12 * strip + weight.numel() * bits // 8
+            self.assertLess(torch.cuda.max_memory_allocated() - before, limit)
+
+    @staticmethod
+    def _search_on_cpu(tiles, *arguments):
+        kernel = cpu.search if cpu.is_available() else search.search_reference
+        return kernel(tiles, *arguments)
+
     def test_several_streams(self):
         layers = [Layer(4096, 1024, bits, device=torch_device) for bits in (2, 3, 4, 5)]
         x = layers[0].inputs(1, torch.float16)
@@ -252,6 +322,9 @@ class Exl3TritonGpuTest(unittest.TestCase):
             layer = Layer(4096, 1024, 4, device=f"{kind}:{index}")
             results.append(layer.linear(layer.inputs(1)).cpu())
         self.assertTrue(torch.equal(*results))
+        tiles = torch.randn(8, format.TILE_SIZE)
+        found = [gpu.search(tiles.to(f"{kind}:{index}"), 4, "mul1").cpu() for index in (1, 0)]
+        self.assertTrue(torch.equal(*found))
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs the allocator's statistics")
     def test_memory(self):

@@ -18,7 +18,7 @@ import unittest
 
 import torch
 
-from transformers.integrations.exl3 import format
+from transformers.integrations.exl3 import format, search
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels import gpu
 from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
@@ -49,6 +49,23 @@ def random_trellis(rows, columns, bits, seed=0):
     """A trellis of `rows` x `columns` tiles with random codes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-(1 << 15), 1 << 15, (rows, columns, int(16 * bits)), generator=generator).to(torch.int16)
+
+
+def search_case(count, bits, codebook, cost, weights=None, device="cpu"):
+    """
+    Arguments of `search.reference_kernel`: `count` rings of `weights` weights, by default as many as two states hold, with
+    `integer` costs of the kind that this rate has or `fp32` ones. The last ring has weights far out.
+    """
+    weights = weights or 2 * int(format.STATE_BITS / bits)
+    rings = torch.randn(count, weights, generator=torch.Generator().manual_seed(int(2 * bits)))
+    rings[-1, ::3] *= 4
+    rings = rings.to(device) * search.INPUT_RMS[codebook][bits]
+    values = format.codebook_values(codebook, rings.device).float()
+    if cost == "integer":
+        ranges = search.BYTE_COST_RANGES if bits <= search.BYTE_COST_BITS else search.WORD_COST_RANGES
+        scale = search.word_scale(bits, codebook, ranges[0])
+        rings, values = search._to_words(rings, scale), search._to_words(values, scale)
+    return rings, values, None, bits, weights // 2
 
 
 class Layer:

@@ -15,7 +15,8 @@
 Quantizing a weight to EXL3 without data: regularize the matrix, then search the trellis of each of its tiles.
 
 The search is that of search.py. All sums are elementwise additions in a fixed order, so that the same weight, rate,
-codebook and seed give the same bytes on every machine and on any number of threads.
+codebook and seed give the same bytes on every machine and on any number of threads. On a GPU they do as far as its arithmetic
+is that of IEEE 754: there all of this but the search is PyTorch's, in float64 and float32, an operation a kernel.
 """
 
 import math
@@ -30,6 +31,7 @@ from .search import INPUT_RMS, search_reference
 
 
 STRIP_ELEMENTS = 1 << 19  # about as many weights are regularized and searched at a time: bounds the scratch memory
+ACCELERATOR_STRIP_ELEMENTS = 1 << 22  # the same where there is more to be kept busy
 BALANCE_ROUNDS = 10  # alternations of rows and columns that bring the energies of blocks together
 FP16_EXPONENT = 15  # scales start below 2**15, fp16 ends at 2**16: room for fitting them again
 
@@ -144,7 +146,8 @@ def _check(weight):
 
 def _strip_rows(weight):
     """How many rows of `weight` are worked on at a time: whole blocks."""
-    return max(STRIP_ELEMENTS // format.padded(weight.shape[1]) // format.BLOCK, 1) * format.BLOCK
+    elements = STRIP_ELEMENTS if weight.device.type == "cpu" else ACCELERATOR_STRIP_ELEMENTS
+    return max(elements // format.padded(weight.shape[1]) // format.BLOCK, 1) * format.BLOCK
 
 
 def _strips(weight):

@@ -408,5 +408,9 @@ def _(weight, bits, codebook, seed, effort="default"):
 
 def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None):
     """`encode`, calling `progress(n)` whenever `n` more weights are done."""
-    search = cpu.search if weight.device.type == "cpu" and cpu.is_available() else encoder.search_reference
+    search = encoder.search_reference
+    if gpu.is_available(weight.device) and gpu.has_search(weight.device):
+        search = gpu.search
+    elif weight.device.type == "cpu" and cpu.is_available():
+        search = cpu.search
     return encoder.quantize_weight(weight, bits, codebook, seed, effort, search, progress)

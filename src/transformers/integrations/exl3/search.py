@@ -14,8 +14,9 @@
 """
 The trellis search: the states of a tile whose values are nearest to its weights.
 
-`search_reference` is its definition in plain torch. The compiled one of `kernels/cpu.cpp` returns the same states. Costs
-are either fp32, added in a fixed order, or integers: the same tile gives the same states on every machine.
+`search_reference` is its definition in plain torch. The compiled one of `kernels/cpu.cpp` and that of `kernels/triton_search.py`
+return the same states. Costs are either fp32, added in a fixed order, or integers: the same tile gives the same states on
+every machine.
 
 | effort      | rates       | costs                  | boundary searched among  | loss on N(0, 1)          |
 |-------------|-------------|------------------------|--------------------------|--------------------------|
@@ -79,10 +80,9 @@ def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str, kernel:
     if effort not in EFFORTS:
         raise ValueError(f"unknown effort {effort!r}: there are {', '.join(EFFORTS)}")
     values = format.codebook_values(codebook, tiles.device).float()
+    window = window_of(bits, effort)
     if effort == "exact":
-        return kernel(tiles, values, None, bits, EXACT_WINDOW)
-    window = next(window for largest, window in BOUNDARY_WINDOWS.items() if bits <= largest)
-    window = FAST_WINDOW if effort == "fast" else window
+        return kernel(tiles, values, None, bits, window)
     states = torch.full(tiles.shape, -1, dtype=torch.int32, device=tiles.device)
     left = torch.arange(len(tiles), device=tiles.device)
     for cost_range in BYTE_COST_RANGES if bits <= BYTE_COST_BITS else WORD_COST_RANGES:
@@ -92,6 +92,13 @@ def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str, kernel:
         left = left[(states[left, 0] < 0) | (words.abs() == WORD_LIMIT).any(1)]
     states[left] = kernel(tiles[left], values, None, bits, window)
     return states
+
+
+def window_of(bits: float, effort: str) -> int:
+    """The weights on either side of a ring's boundary among which the state there is searched."""
+    if effort != "default":
+        return EXACT_WINDOW if effort == "exact" else FAST_WINDOW
+    return next(window for largest, window in BOUNDARY_WINDOWS.items() if bits <= largest)
 
 
 def saturated_cost(bits: float) -> int:
@@ -156,7 +163,7 @@ def reference_kernel(
     Args:
         tiles (`torch.Tensor`): `[n, 256]`, of fp32 for fp32 costs, of int16 for integer costs.
         values (`torch.Tensor`): `[65536]`, what states decode to, of the dtype of `tiles`.
-        levels (`torch.Tensor` or `None`): int16 `[128]` in order, if `values` has no others. It only helps a compiled kernel.
+        levels (`torch.Tensor` or `None`): int16 `[128]` in order, if `values` has no others. It only helps the kernel for CPUs.
         bits (`float`): Bits per weight, one of `format.BITS`.
         window (`int`): A multiple of 8, at most 128.
 

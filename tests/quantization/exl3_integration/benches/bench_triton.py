@@ -18,7 +18,7 @@ Speed of the kernels for GPUs against a float linear layer in bfloat16, and agai
     TRITON_INTERPRET=1 python tests/quantization/exl3_integration/benches/bench_triton.py --tiny   # shows that it runs
     python tests/quantization/exl3_integration/benches/bench_triton.py --static sm_90   # from compiled code, without a GPU
 
-All figures are ratios of medians taken in turns in one run. Products are replayed from a CUDA graph that goes through copies
+Figures are medians, and ratios those of medians taken in turns in one run. Products are replayed from a CUDA graph that goes through copies
 of the layer, more of them than the cache holds.
 """
 
@@ -33,7 +33,7 @@ from unittest import mock
 import torch
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
-from transformers.integrations.exl3 import format
+from transformers.integrations.exl3 import format, ops, search
 from transformers.integrations.exl3.kernels import gpu
 from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -66,11 +66,11 @@ class Timer:
         if self.module:
             self.module.synchronize()
 
-    def compare(self, *calls):
+    def compare(self, *calls, rounds=ROUNDS):
         """Median seconds of each call, run in turns."""
         prepared = [self.prepare(call) for call in calls]
         times = [[] for _ in calls]
-        for _ in range(ROUNDS if self.module else 1):
+        for _ in range(rounds if self.module else 1):
             for call, seconds in zip(prepared, times):
                 self.wait()
                 start = time.perf_counter()
@@ -170,6 +170,24 @@ def experts_table(device, hidden, width, count, row_counts, implementation):
         print(f"| {rows} | {seconds[0] * 1e6:.1f} | {seconds[1] / seconds[0]:.2f} |", flush=True)
 
 
+def encoder_table(device, size, rates, efforts, tiles=None):
+    """A whole layer, and the search alone: of all its tiles at once, or of as many as `tiles`."""
+    weight = torch.randn(size[::-1], device=device).bfloat16()
+    print("\n| in x out, K, effort | quantizing, M weights/s | search alone, M weights/s |\n|---|---|---|")
+    timer = Timer(device)
+    timer.has_graphs = False  # the host is asked which tiles saturated
+    for bits, effort in itertools.product(rates, efforts):
+        some = torch.randn(tiles or weight.numel() // format.TILE_SIZE, format.TILE_SIZE, device=device)
+        some *= search.INPUT_RMS["mul1"][bits]
+        calls = [lambda: gpu.search(some, bits, "mul1", effort)]
+        if not tiles:
+            calls.append(lambda: ops.encode(weight, bits, "mul1", 0, effort))
+        seconds = timer.compare(*calls, rounds=3)
+        alone, *whole = [count / each / 1e6 for count, each in zip((some.numel(), weight.numel()), seconds)]
+        quantizing = f"{whole[0]:.2f}" if whole else "-"
+        print(f"| {size[0]}x{size[1]}, {bits}, {effort} | {quantizing} | {alone:.2f} |", flush=True)
+
+
 @torch.no_grad()
 def tokens_a_second(model, tokens):
     """Of generating greedily with a static cache and compiled, after one run to warm up."""
@@ -244,6 +262,17 @@ def static_table(arch):
         ceiling = LANE_INSTRUCTIONS / each / 1e12
         print(f"| {rows} | {bits:g} | {codebook} | {each:.2f} | {kernel.registers} | {ceiling:.1f} | {classes} |")
 
+    print("\n| search at K | effort | instructions a state | registers | 1e6 weights/s at most | the inner loop |")
+    print("|---|---|---|---|---|---|")
+    for bits, effort in itertools.product((1, 2, 3, 4, 5, 6, 7, 8), ("default", "exact")):
+        launch = aot.search_launch(arch, bits, torch.float32 if effort == "exact" else torch.int16)
+        kernel = aot.compiled(launch, arch)
+        loop, each = aot.search_instructions(launch, kernel)
+        states = format.NUM_STATES * (1 + 2 * search.window_of(bits, effort) / format.TILE_SIZE)
+        classes = ", ".join(f"{name} {count}" for name, count in loop.most_common(5))
+        ceiling = LANE_INSTRUCTIONS / each / states / 1e6
+        print(f"| {bits} | {effort} | {each:.2f} | {kernel.registers} | {ceiling:.0f} | {classes} |", flush=True)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,6 +287,7 @@ def main():
         with mock.patch.object(gpu, "is_available", lambda device: True):
             product_table(torch.device("cpu"), [(256, 128), (128, 384)], (1, 16, 130), (2, 3, 4))
             experts_table(torch.device("cpu"), 128, 128, 16, (1, 3), "eager")
+            encoder_table(torch.device("cpu"), (128, 128), (1,), ("fast",), tiles=1)
         print("\nThese times are the interpreter's and mean nothing.")
         return
     device = torch.device(torch.accelerator.current_accelerator() or "cpu")
@@ -267,6 +297,7 @@ def main():
     print(f"{name}, torch {torch.__version__}, {torch.version.cuda or torch.version.hip or torch.version.xpu}\n")
     product_table(device, [(4096, 14336), (8192, 28672)], (1, 16, 2048), (2, 3, 4))
     experts_table(device, 2048, 768, 128, (1, 16, 512), "grouped_mm")
+    encoder_table(device, (4096, 14336), (1, 2, 3, 4, 6, 8), ("default", "fast"))
     if not arguments.no_model:
         model_line(device, 4, 256)
 

@@ -15,8 +15,8 @@
 The door to the Triton kernels of `triton_*.py`, for NVIDIA's, AMD's and Intel's GPUs.
 
 Where Triton is missing or does not work, `is_available()` says so once and everything runs on the torch reference. Before
-the kernels are used on a device, a small product is computed there and compared with the reference. What is passed to the
-kernels is checked here.
+the kernels are used on a device, a small product is computed there and compared with the reference, and before tiles are
+searched there, two of them. What is passed to the kernels is checked here.
 """
 
 from functools import lru_cache
@@ -25,6 +25,7 @@ import torch
 
 from ....utils import logging
 from .. import format
+from .. import search as trellis_search
 from ..hadamard import hadamard
 from .experts import is_capturing, kinds, table_of
 
@@ -197,6 +198,50 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
     _check_devices(weight, trellis, suh, svh)
     with on(trellis.device):
         triton_dequantize(trellis, suh.contiguous(), svh.contiguous(), codebook, weight, target_of(trellis.device).ptx)
+
+
+@lru_cache
+def has_search(device: torch.device) -> bool:
+    """Whether `search` works on `device`, on which the other kernels do. Warns the first time when it does not."""
+    tiles = torch.randn(2, format.TILE_SIZE, generator=torch.Generator().manual_seed(0))
+    try:
+        found = search(tiles.to(device), 3, "mul1").cpu()
+        if not torch.equal(found, trellis_search.search_reference(tiles, 3, "mul1")):
+            raise RuntimeError("it finds other states than the reference")
+    except Exception as error:
+        _warn(f"the trellis search does not work on {device}. {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "default") -> torch.Tensor:
+    """
+    The same as `search.search_reference`, to the byte. The host waits for the device to tell which tiles saturated.
+
+    Args:
+        tiles (`torch.Tensor`): fp32 `[n, 256]`, in stream order and in units of the codebook's values, finite.
+        bits (`float`): Bits per weight, one of `format.BITS`.
+        codebook (`str`): One of `format.CODEBOOKS`.
+        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
+
+    Returns:
+        `torch.Tensor`: int32 `[n, 256]`.
+
+    Raises:
+        ValueError: For tiles of another dtype or shape or with values that are not finite, and for an unknown rate,
+            codebook or effort.
+    """
+    from .triton_search import kernel
+    from .triton_target import on, target_of
+
+    if tiles.dtype is not torch.float32 or tiles.shape[1:] != (format.TILE_SIZE,):
+        raise ValueError(f"tiles must be float32 [n, 256], not {tiles.dtype} {list(tiles.shape)}")
+    if not torch.isfinite(tiles).all():
+        raise ValueError("tiles must be finite")
+    with on(tiles.device):
+        return trellis_search.search(
+            tiles, bits, codebook, effort, lambda *arguments: kernel(*arguments, target_of(tiles.device))
+        )
 
 
 def _check_dtype(what, dtype):

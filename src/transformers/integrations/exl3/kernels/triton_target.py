@@ -42,6 +42,11 @@ class Target:
         return self.backend == "cuda"
 
     @property
+    def warp(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.arch.startswith("gfx9") else 32
+
+    @property
     def capability(self) -> int:
         """90 for `sm_90`, 0 if this is none of NVIDIA's."""
         return int(self.arch.removeprefix("sm_")) if self.backend == "cuda" else 0
