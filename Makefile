@@ -11,12 +11,13 @@ PATCHED = setup.py src tests/quantization
 KERNELS = src/transformers/integrations/exl3/kernels
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
-.PHONY: help test test-slow sanitize check-upstreams demo lint style export refresh clean
+.PHONY: help test test-slow sanitize fuzz check-upstreams demo lint style export refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
 	@echo "make test-slow              run all tests, the slow ones too"
 	@echo "make sanitize               test the compiled kernels under the sanitizers"
+	@echo "make fuzz [SECONDS=...]     call them with random arguments, under the sanitizers"
 	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
 	@echo "make demo [MODEL=...]       run the demo"
 	@echo "make lint                   check style, here and in the patched tree of upstream's"
@@ -34,7 +35,7 @@ $(VENV)/.tools: $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml setup.py setup.edit.py $(VENV)/.tools
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e . "setuptools>=77" accelerate parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
+	$(BIN)/pip install -q -e . "setuptools>=77" accelerate hypothesis parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
@@ -56,13 +57,22 @@ test-slow: $(VENV)/.slow refresh
 	RUN_SLOW=1 $(BIN)/python -m pytest -q
 
 # The compiled kernels with the sanitizers of addresses and of undefined behaviour; leaks are Python's own.
-sanitize: refresh
-	rm -rf build/sanitized && cp -RL build/tree build/sanitized
+build/sanitized: refresh
+	rm -rf $@ && cp -RL build/tree $@
 	$(CXX) -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g -std=c++17 -ffp-contract=off -fPIC -shared \
-		-pthread $(KERNELS)/cpu.cpp -o build/sanitized/$(KERNELS)/_cpu.so
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/src $(BIN)/python -m pytest -q \
-		tests/quantization/exl3_integration/test_exl3_cpu.py tests/quantization/exl3_integration/test_exl3_encoder.py
+		-pthread $(KERNELS)/cpu.cpp -o $@/$(KERNELS)/_cpu.so
+
+SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/sanitized/src $(BIN)/python -m
+
+sanitize: build/sanitized
+	$(SANITIZED) pytest -q tests/quantization/exl3_integration/test_exl3_cpu.py \
+		tests/quantization/exl3_integration/test_exl3_encoder.py
+
+SECONDS ?= 60
+SEED ?= 0
+fuzz: build/sanitized
+	$(SANITIZED) tests.quantization.exl3_integration.fuzz_kernels $(SECONDS) $(SEED)
 
 check-upstreams: $(VENV)/.installed
 	RUN_SLOW=1 $(BIN)/python -m pytest -q utils/patchset/tests/test_upstreams.py

@@ -36,6 +36,7 @@ class Exl3Config(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         bits: float = 4.0,
         head_bits: float | None = None,
         codebook: str | None = "mul1",

@@ -36,7 +36,7 @@ if is_torch_available():
 
     from transformers.core_model_loading import PermuteForRope, WeightConverter
     from transformers.integrations.exl3.architecture import check_architecture
-    from transformers.integrations.exl3.checkpoint import Exl3CheckpointError, read_checkpoint, read_header
+    from transformers.integrations.exl3.checkpoint import Exl3CheckpointError, read_checkpoint
     from transformers.integrations.exl3.modules import Exl3Module
 
     from .synthetic import random_linear, read_tensors
@@ -128,6 +128,10 @@ MALFORMED = [
     ("half_bit", with_(f"{Q}.trellis", lambda t: t[..., :40]), f"{Q}: has 2.5 bits per weight, which only the mul1 codebook has"),
     ("bias_dtype", with_(f"{Q}.bias", lambda _: torch.zeros(256).int()), f"{Q}: `bias` is torch.int32"),
     ("bias_shape", with_(f"{Q}.bias", lambda _: torch.zeros(1, 256)), rf"{Q}: `bias` is .*\[1, 256\], not float16 \[256\]"),
+    ("scale_dtype", with_(f"{Q}.suh", lambda t: t.bfloat16()), f"{Q}: `suh` is torch.bfloat16 .* not torch.float16"),
+    ("scale_nan", with_(f"{Q}.suh", lambda t: t.index_fill(0, torch.tensor(7), float("nan"))), f"{Q}.suh has numbers that are not finite"),
+    ("scale_inf", with_(f"{Q}.svh", lambda t: t * float("inf")), f"model.safetensors: {Q}.svh has numbers that are not finite"),
+    ("bias_nan", with_(f"{Q}.bias", lambda _: torch.full((256,), float("nan"))), f"{Q}.bias has numbers that are not finite"),
     ("bias_length", with_(f"{Q}.bias", lambda _: torch.zeros(128)), f"{Q}: `bias` has 128 elements for 256 output features"),
 ]  # fmt: skip
 
@@ -140,6 +144,9 @@ MISFITS = [
     ("transposed", lambda t: replaced(t, UP, 256, 512), f"{UP} is quantized with 512 x 256 .* has 256 x 512"),
     ("head_size", lambda t: replaced(t, HEAD, 640, 256), f"{HEAD} is quantized with 256 x 640 .* has 256 x 512"),
     ("bias_too_many", with_(f"{Q}.bias", lambda _: torch.zeros(256).half()), f"{Q} has a bias in the checkpoint and none in the model"),
+    ("bias_of_padding", lambda t: t.update({f"{HEAD}.bias": torch.zeros(500)}), f"{HEAD} has a bias in the checkpoint"),
+    ("integers_for_floats", with_("model.norm.weight", lambda t: t.int()), "model.norm.weight is torch.int32, and the model's .* is torch.float"),
+    ("expert_in_another_spelling", lambda t: replaced(t, "model.layers.0.mlp.experts.00.up_proj", 128, 128), "experts.00.up_proj is a quant"),
     ("quantized_norm", lambda t: replaced(t, "model.norm", 256, 256), "model.norm is a quantized linear layer .* LlamaRMSNorm at"),
     ("quantized_part_of_nothing", lambda t: replaced(t, "model.layers.0.mlp.up_proj.slice.0", 512, 256), "up_proj.*too"),
 ]  # fmt: skip
@@ -356,47 +363,50 @@ class Exl3BadCheckpointTest(Exl3CheckpointTestCase):
 
     @parameterized.expand(
         [
-            ("truncated", lambda data: data[:-1], "the file ends before the data of .*, it is truncated"),
-            ("cut_in_the_header", lambda data: data[:1000], "1000 bytes, too short for its header"),
-            ("empty", lambda data: b"", "0 bytes, too short for its header"),
-            ("seven_bytes", lambda data: data[:7], "7 bytes, too short for its header"),
-            ("long_header", lambda data: b"\xff" * 8 + data[8:], "too short for its header of 18446744073709551615 bytes"),
-            ("garbage", lambda data: data[:8] + b"\xff" * (len(data) - 8), "no safetensors header"),
-            ("no_object", lambda data: (2).to_bytes(8, "little") + b"[]", "no safetensors header"),
-            ("html", lambda data: b"<!DOCTYPE html><html>" * 20, "too short for its header"),
+            ("truncated", lambda data: data[:-1]),
+            ("cut_in_the_header", lambda data: data[:1000]),
+            ("empty", lambda data: b""),
+            ("seven_bytes", lambda data: data[:7]),
+            ("long_header", lambda data: b"\xff" * 8 + data[8:]),
+            ("garbage", lambda data: data[:8] + b"\xff" * (len(data) - 8)),
+            ("no_object", lambda data: (2).to_bytes(8, "little") + b"[]"),
+            ("deep", lambda data: (9999).to_bytes(8, "little") + b"{" * 9999),
+            ("entry_without_fields", lambda data: (8).to_bytes(8, "little") + b'{"a":{}}'),
+            ("html", lambda data: b"<!DOCTYPE html><html>" * 20),
         ]
-    )  # fmt: skip
-    def test_damaged_files(self, _, edit, message):
+    )
+    def test_damaged_files(self, _, edit):
         write_file(self.file, self.tensors)
         Path(self.file).write_bytes(edit(Path(self.file).read_bytes()))
-        self.assert_error(f"model.safetensors: .*{message}", AGAIN, error=Exl3CheckpointError)
+        self.assert_error("model.safetensors: no whole safetensors file", AGAIN, error=Exl3CheckpointError)
 
     @parameterized.expand(
         [
-            ("dtype", {"dtype": "F7"}, "has the unknown dtype F7"),
-            ("negative_shape", {"shape": [-16, 16, 64]}, r"has the shape \[-16, 16, 64\]"),
-            ("absurd_shape", {"shape": [1 << 60, 1 << 60]}, r"has the shape \[1152921504606846976, "),
-            ("fractional_shape", {"shape": [16.0, 16, 64]}, r"has the shape \[16.0, 16, 64\]"),
-            ("text_shape", {"shape": "16"}, "has the shape 16"),
-            ("other_shape", {"shape": [16, 16, 48]}, "has 32768 bytes for 24576 of its shape"),
-            ("other_dtype", {"dtype": "I32"}, "has 32768 bytes for 65536 of its shape"),
-            ("one_offset", {"data_offsets": [0]}, r"the offsets \[0\]"),
-            ("turned_offsets", {"data_offsets": [32768, 0]}, "has -32768 bytes for 32768"),
-            ("far_offsets", {"data_offsets": [1 << 40, (1 << 40) + 32768]}, "the file ends before the data of"),
+            ("dtype", {"dtype": "F7"}),
+            ("negative_shape", {"shape": [-16, 16, 64]}),
+            ("absurd_shape", {"shape": [1 << 60, 1 << 60]}),
+            ("fractional_shape", {"shape": [16.0, 16, 64]}),
+            ("text_shape", {"shape": "16"}),
+            ("other_shape", {"shape": [16, 16, 48]}),
+            ("other_dtype", {"dtype": "I32"}),
+            ("one_offset", {"data_offsets": [0]}),
+            ("turned_offsets", {"data_offsets": [32768, 0]}),
+            ("far_offsets", {"data_offsets": [1 << 40, (1 << 40) + 32768]}),
         ]
     )
-    def test_damaged_headers(self, _, entry, message):
-        name = f"{Q}.trellis"
-        write_file(self.file, self.tensors, **{name: entry})
-        self.assert_error(f"model.safetensors: .*{name}", message, AGAIN, error=Exl3CheckpointError)
+    def test_damaged_headers(self, _, entry):
+        write_file(self.file, self.tensors, **{f"{Q}.trellis": entry})
+        self.assert_error("model.safetensors: no whole safetensors file", AGAIN, error=Exl3CheckpointError)
 
-    def test_a_header_without_the_entries(self):
-        for content in (b'{"a":{}}', b'{"a":1}', b"[1]", b'{"a":{"dtype":"F16","shape":[1]}}', b"1", b"{" * 9999):
-            Path(self.file).write_bytes(len(content).to_bytes(8, "little") + content)
-            with self.assertRaisesRegex(
-                Exl3CheckpointError, f"model.safetensors: no safetensors header(.|\n)*{AGAIN}"
-            ):
-                read_header(self.file)
+    @parameterized.expand([([0, 1 << 63],), ([0, 1 << 62, 1 << 62],)])
+    def test_sizes_that_nothing_can_count(self, shape):
+        write_file(self.file, self.tensors | {"x.weight": torch.empty(0)}, **{"x.weight": {"shape": shape}})
+        self.assert_error("model.safetensors: no whole safetensors file", AGAIN, error=Exl3CheckpointError)
+
+    def test_a_dtype_that_no_model_has(self):
+        entry = {"dtype": "F8_E8M0", "shape": [16, 16, 128]}  # as many bytes
+        write_file(self.file, self.tensors, **{f"{Q}.trellis": entry})
+        self.assert_error(f"{Q}.trellis has the dtype F8_E8M0", AGAIN, error=Exl3CheckpointError)
 
     def test_a_float_checkpoint_that_says_exl3(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -481,13 +491,9 @@ class Exl3MissingTensorsTest(Exl3CheckpointTestCase):
             "model.norm.weight",
         ]
     )
-    def test_norms_are_reported_and_initialised(self, name):
+    def test_norms(self, name):
         del self.tensors[name]
-        for kwargs in ({}, {"quantization_config": Exl3Config(dequantize=True)}):
-            model, info = self.load(output_loading_info=True, **kwargs)
-            self.assertEqual(set(info["missing_keys"]), {name})
-            self.assertTrue(torch.equal(model.get_parameter(name), torch.ones(256)))
-            self.assertTrue(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all())
+        self.assert_error(f"{name} is not in the checkpoint", AGAIN, error=Exl3CheckpointError)
 
     @parameterized.expand(["mcg", "mul1"])
     def test_a_marker_is_the_one_tensor_that_may_lack(self, marker):

@@ -271,13 +271,22 @@ class Exl3OperatorsTest(unittest.TestCase):
         if x.numel():
             self.assert_close(result, x @ weight.T)
 
-    def test_inputs_that_are_not_contiguous(self):
+    @parameterized.expand([(1,), (ops.FEW_ROWS,)])
+    def test_inputs_that_are_not_contiguous(self, rows):
         arguments, _ = self.layer(256, 128)
-        x = torch.randn(256, 4, 3).permute(2, 1, 0)
+        x = torch.randn(256, 4, rows).permute(2, 1, 0)
         self.assertFalse(x.is_contiguous())
-        self.assertTrue(torch.equal(ops.linear(x, *arguments), ops.linear(x.contiguous(), *arguments)))
-        expanded = torch.randn(1, 256).expand(3, 256)
-        self.assertTrue(torch.equal(ops.linear(expanded, *arguments), ops.linear(expanded.contiguous(), *arguments)))
+        expanded = torch.randn(1, 256).expand(3 * rows, 256)
+        for x in (x, x[:, 1], torch.randn(256, 5 * rows).T, expanded):
+            self.assertTrue(torch.equal(ops.linear(x, *arguments), ops.linear(x.clone().contiguous(), *arguments)))
+
+    def test_strides_of_sizes_of_one_do_not_matter(self):
+        arguments, weight = self.layer(1, 1)
+        for x in (torch.randn(2, 5).T[:, :1], torch.randn(7, 3)[:1, :1], torch.randn(1).expand(4, 1)):
+            self.assert_close(ops.linear(x, *arguments), x @ weight.T)
+        x = torch.randn(1, 1, requires_grad=True)
+        ops.linear(x, *arguments).sum().backward()  # an expanded gradient
+        self.assert_close(x.grad, weight)
 
     def test_activations_beyond_float16(self):
         arguments, weight = self.layer(128, 128)
@@ -315,15 +324,80 @@ class Exl3OperatorsTest(unittest.TestCase):
             self.assert_close(result, expected, 1e-6)
         self.assertTrue(torch.equal(cut[2], whole[2]))
 
-    def test_sizes_that_do_not_fit_are_an_error(self):
-        arguments, _ = self.layer(256, 128)
-        with self.assertRaisesRegex(ValueError, "the input has 100 features, the quantized weight 256"):
-            ops.linear(torch.randn(2, 100), *arguments)
-        with self.assertRaisesRegex(ValueError, "the input has 257 features, the quantized weight 256"):
-            ops.linear(torch.randn(2, 257), *arguments)
-        trellis, suh, svh, bias, codebook, out_features = arguments
-        with self.assertRaisesRegex(ValueError, r"scales of 256 and 64 features do not fit a trellis of \(256, 128\)"):
-            ops.linear(torch.randn(2, 256), trellis, suh, svh[:64], bias, codebook, out_features)
+    @parameterized.expand([(1,), (ops.FEW_ROWS + 1,)])
+    def test_arguments_that_do_not_fit_are_an_error(self, rows):
+        (trellis, suh, svh, bias, codebook, out), _ = self.layer(256, 128, bias=True)
+        x = torch.randn(rows, 256)
+
+        def call(x=x, trellis=trellis, suh=suh, svh=svh, bias=bias, codebook=codebook, out=out):
+            return ops.linear(x, trellis, suh, svh, bias, codebook, out)
+
+        self.assertEqual(call().shape, (rows, 128))
+        refused = {
+            r"the input is torch.float32 \[\d+, (100|257)\], the quantized weight has 256 input features": [
+                {"x": x[:, :100]},
+                {"x": torch.randn(rows, 257)},
+            ],
+            r"the input is torch.float32 \[\]": [{"x": torch.tensor(1.0)}],
+            "the input is torch.(int32|complex64|bool)": [{"x": x.int()}, {"x": x.to(torch.complex64)}, {"x": x > 0}],
+            "do not fit a trellis of": [
+                {"svh": svh[:64]},
+                {"suh": suh[None]},
+                {"suh": suh[0]},
+                {"trellis": trellis[0]},
+                {"trellis": trellis[:8]},
+                {"trellis": trellis[None]},
+            ],
+            "output features of a quantized weight that has 128": [{"out": out} for out in (129, 0, -1, 1 << 40)],
+            "a bias .* for 128 output features": [{"bias": bias[:127]}, {"bias": bias[None]}],
+            "have to be on one device, these are on cpu and meta": [
+                {name: value.to("meta")}
+                for name, value in (("x", x), ("trellis", trellis), ("suh", suh), ("svh", svh), ("bias", bias))
+            ],
+            "a trellis is int16|trellis is torch.int32": [{"trellis": trellis.int()}],
+            "unknown EXL3 codebook": [{"codebook": "mul2"}],
+        }
+        for message, cases in refused.items():
+            for case in cases:
+                with self.subTest(case=list(case)), self.assertRaisesRegex(ValueError, message):
+                    call(**case)
+
+    def test_other_operators_refuse_what_does_not_fit(self):
+        (trellis, suh, svh, _, codebook, _), _ = self.layer(256, 128)
+        grad, meta = torch.randn(2, 128), trellis.to("meta")
+        with self.assertRaisesRegex(ValueError, "257 output features of a quantized weight that has 256"):
+            ops.linear_input_grad(grad, trellis, suh, svh, codebook, 257)
+        with self.assertRaisesRegex(
+            ValueError, r"the input is torch.float32 \[2, 130\], the quantized weight has 128 input features"
+        ):
+            ops.linear_input_grad(torch.randn(2, 130), trellis, suh, svh, codebook, 256)
+        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+            ops.linear_input_grad(grad, meta, suh, svh, codebook, 256)
+        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+            ops.dequantize(meta, suh, svh, codebook)
+        with self.assertRaisesRegex(ValueError, "do not fit a trellis of"):
+            ops.dequantize(trellis, suh, torch.cat((svh, svh)), codebook)
+        groups = ([trellis] * 2, [suh] * 2, [svh] * 2)
+        x, bounds = torch.randn(5, 256), torch.tensor([0, 2, 5])
+        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+            ops.grouped_linear(x, bounds, [trellis, meta], *groups[1:], [], [2, 2], 128)
+        for wrong in ([0, 2], [0, 2, 6], [0, 3, 2], [-1, 2, 5], [0, 1, 2, 3]):
+            with self.assertRaisesRegex(ValueError, "are no bounds of 2 groups among 5 rows"):
+                ops.grouped_linear(x, torch.tensor(wrong), *groups, [], [2, 2], 128)
+
+    def test_an_embedding_refuses_what_does_not_fit(self):
+        table, _ = read_vector("embed_ring_k4_6x640")
+        trellis, signs = table["trellis"], table["signs"]
+        for ids in (6, -1, 1 << 40):
+            with self.assertRaises(IndexError):
+                ops.embedding(torch.tensor([ids]), trellis, signs, 640)
+        for width in (512, 769, 0, -1):
+            with self.assertRaisesRegex(ValueError, f"rows of {width} elements do not fit a table of 768"):
+                ops.embedding(torch.tensor([1]), trellis, signs, width)
+        with self.assertRaisesRegex(ValueError, "are no EXL3 embedding table"):
+            ops.embedding(torch.tensor([1]), trellis[:, 1:], signs, 640)
+        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+            ops.embedding(torch.tensor([1]), trellis.to("meta"), signs, 640)
 
     @parameterized.expand([(256, 128), (200, 130)])
     def test_gradients_are_those_of_the_dense_layer(self, in_features, out_features):

@@ -18,11 +18,12 @@ Bits and codebook differ from tensor to tensor, and the JSON files beside may be
 not. Everything here is checked before any memory is allocated, and every misfit found is one line of one error.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from . import format
 
@@ -45,13 +46,15 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 WORDS = (torch.int16, torch.uint16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 LINEAR_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "bias")
 EMBEDDING_TENSORS = ("trellis", "signs")
+FINITE = ("suh", "svh", "signs", "bias")  # tensors of numbers; all others are bits
+
+AGAIN = "It is damaged or no EXL3 checkpoint: download or convert it again."
 
 
 class Exl3CheckpointError(ValueError):
@@ -85,44 +88,26 @@ def read_header(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         `Exl3CheckpointError`: Where the file is no safetensors file, is truncated, or its header does not fit its data.
     """
-    size = os.path.getsize(path)
-    remedy = "Download or convert it again."
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise Exl3CheckpointError([f"{path}: {size} bytes, too short for its header of {length} bytes"], remedy)
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [(name, e["dtype"], e["shape"], e["data_offsets"]) for name, e in header.items()]
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise Exl3CheckpointError([f"{path}: no safetensors header ({error})"], remedy) from error
-    tensors, markers, problems = {}, {}, []
-    for name, dtype, shape, offsets in entries:
-        if dtype not in DTYPES:
-            problems.append(f"{path}: {name} has the unknown dtype {dtype}")
-        elif not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
-            problems.append(f"{path}: {name} has the shape {shape} and the offsets {offsets}")
-        elif offsets[1] > size - 8 - length:
-            problems.append(f"{path}: the file ends before the data of {name}, it is truncated")
-        else:
-            tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-            if tensor.nbytes != offsets[1] - offsets[0]:
-                problems.append(f"{path}: {name} has {offsets[1] - offsets[0]} bytes for {tensor.nbytes} of its shape")
-            elif name.rpartition(".")[2] in format.MARKERS and tensor.nbytes == 4:
-                markers[name] = 8 + length + offsets[0]
-    if problems:
-        raise Exl3CheckpointError(problems, remedy)
-    with open(path, "rb") as file:
-        for name, offset in markers.items():
-            file.seek(offset)
-            value = int.from_bytes(file.read(4), "little", signed=True)
-            tensors[name] = torch.tensor(value, dtype=torch.int32, device="cpu")  # the model may be built on meta
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                entry = file.get_slice(name)
+                if (dtype := DTYPES.get(entry.get_dtype())) is None:
+                    raise Exl3CheckpointError([f"{path}: {name} has the dtype {entry.get_dtype()}"], AGAIN)
+                tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+                if name.rpartition(".")[2] in format.MARKERS:
+                    tensors[name] = file.get_tensor(name)
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # the last two for sizes that torch cannot count
+        reason = str(error).partition("\n")[0]
+        problem = f"{path}: no whole safetensors file ({reason})"
+        raise Exl3CheckpointError([problem], AGAIN) from error
     return tensors
-
-
-def _is_shape(value) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
 
 
 def read_checkpoint(files: list[str]) -> Checkpoint:
@@ -130,8 +115,8 @@ def read_checkpoint(files: list[str]) -> Checkpoint:
     Read the headers of all files of a checkpoint and sort their tensors into modules.
 
     Raises:
-        `Exl3CheckpointError`: For tensors that stand twice, and for a quantized module with a tensor missing, or of a
-            shape, dtype or marker that the format does not have.
+        `Exl3CheckpointError`: For tensors that stand twice, and for a quantized module with a tensor missing, of a shape,
+            dtype or marker that the format does not have, or with numbers that are not finite.
     """
     tensors, origin, problems = {}, {}, []
     for file in files:
@@ -156,15 +141,32 @@ def read_checkpoint(files: list[str]) -> Checkpoint:
                 problems.append(f"{module}: {problem}")
             (found.embeddings if is_embedding else found.linears)[module] = quantized
         found.others |= {f"{module}.{leaf}" if module else leaf: leaves[leaf] for leaf in leaves.keys() - set(known)}
+    if not problems:
+        problems = _not_finite(found.linears | found.embeddings, origin)
     if problems:
-        raise Exl3CheckpointError(problems, "It is damaged or no EXL3 checkpoint: download or convert it again.")
+        raise Exl3CheckpointError(problems, AGAIN)
     return found
+
+
+def _not_finite(quantized: dict[str, dict[str, torch.Tensor]], origin: dict[str, str]) -> list[str]:
+    """Which tensors of quantized modules, in the files that `origin` tells, have numbers that are not finite."""
+    problems, opened = [], cache(lambda path: safe_open(path, framework="pt"))
+    for module, tensors in quantized.items():
+        for leaf in tensors:
+            name = f"{module}.{leaf}" if module else leaf
+            if leaf in FINITE or (leaf == "trellis" and "signs" in tensors):
+                numbers = opened(origin[name]).get_tensor(name)
+                if leaf == "trellis":
+                    numbers = format.embedding_scales(numbers.view(torch.int16), len(tensors["signs"]))
+                if not numbers.isfinite().all():
+                    problems.append(f"{origin[name]}: {name} has numbers that are not finite")
+    return problems
 
 
 def _embedding_problem(tensors, leaves) -> str | None:
     if "weight" in leaves:
         return "has both `trellis` and `weight`"
-    if tensors["trellis"].dtype not in WORDS or tensors["signs"].dtype not in FLOATS:
+    if tensors["trellis"].dtype not in WORDS or tensors["signs"].dtype is not torch.float16:
         return f"`trellis` is {tensors['trellis'].dtype} and `signs` {tensors['signs'].dtype}, not int16 and float16"
     try:
         format.embedding_bits(tensors["trellis"], tensors["signs"])
@@ -196,7 +198,7 @@ def _linear_problem(tensors, leaves) -> str | None:
     if sizes["suh"] % format.BLOCK or sizes["svh"] % format.BLOCK or not (sizes["suh"] and sizes["svh"]):
         return f"`trellis` {shapes['trellis']} is of {sizes['suh']} x {sizes['svh']} features, not multiples of {format.BLOCK}"
     for name in (left, right):
-        dtypes = WORDS if name in ("su", "sv") else FLOATS
+        dtypes = WORDS if name in ("su", "sv") else (torch.float16,)
         if shapes[name] != [sizes[name]] or tensors[name].dtype not in dtypes:
             return f"`{name}` is {tensors[name].dtype} {shapes[name]}, not {dtypes[0]} [{sizes[name]}]"
     if "bias" in tensors and (tensors["bias"].dim() != 1 or tensors["bias"].dtype not in FLOATS):
@@ -207,7 +209,7 @@ def _linear_problem(tensors, leaves) -> str | None:
     if len(markers) > 1:
         return "has both codebook markers, `mcg` and `mul1`"
     for name in markers:
-        if tensors[name].dtype is not torch.int32 or tensors[name].is_meta:
+        if tensors[name].dtype is not torch.int32 or tensors[name].numel() != 1:
             return f"`{name}` is {tensors[name].dtype} {shapes[name]}, not one int32"
         if (value := tensors[name].item() & 0xFFFFFFFF) != format.MARKERS[name]:
             return (

@@ -206,3 +206,8 @@ def embedding_bits(trellis: torch.Tensor, signs: torch.Tensor) -> int:
             f"are [vocab, G * (1 + 16K)] and [G, {EMBEDDING_GROUP}] for 1 <= K <= 8"
         )
     return (words - 1) // 16
+
+
+def embedding_scales(trellis: torch.Tensor, groups: int) -> torch.Tensor:
+    """fp16 `[..., G, 1]`: the scale of each ring in int16 rows `trellis` `[..., G(1+16K)]` of an embedding table."""
+    return trellis.unflatten(-1, (groups, -1))[..., :1].contiguous().view(torch.float16)

@@ -108,12 +108,37 @@ def _features(tiles: slice) -> slice:
     return slice(tiles.start * format.TILE, tiles.stop * format.TILE)
 
 
-def _check_linear(x, features, trellis, suh, svh):
-    shape = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
-    if (suh.shape[0], svh.shape[0]) != shape:
-        raise ValueError(f"EXL3 scales of {suh.shape[0]} and {svh.shape[0]} features do not fit a trellis of {shape}")
-    if format.padded(x.shape[-1]) != features:
-        raise ValueError(f"EXL3 linear: the input has {x.shape[-1]} features, the quantized weight {features}")
+def _check_devices(*tensors):
+    """Raise `ValueError` where tensors (or None) are not on one device. One on `meta` is enough to get here, not to a kernel."""
+    device = tensors[0].device
+    if any(tensor is not None and tensor.device != device for tensor in tensors):
+        devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
+        raise ValueError(
+            f"EXL3: the tensors of one operator have to be on one device, these are on {' and '.join(devices)}"
+        )
+
+
+def _check_weight(trellis, suh, svh):
+    """Raise `ValueError` where these are no quantized weight."""
+    sizes = [(size * format.TILE,) for size in trellis.shape]
+    if len(sizes) != 3 or suh.shape != sizes[0] or svh.shape != sizes[1]:
+        raise ValueError(
+            f"EXL3 scales of {[*suh.shape]} and {[*svh.shape]} features do not fit a trellis of {[*trellis.shape]}"
+        )
+
+
+def _check_product(x, trellis, suh, svh, bias, out_features, is_transposed=False):
+    """Raise `ValueError` where `x` cannot be multiplied by a quantized weight to `out_features`."""
+    _check_weight(trellis, suh, svh)
+    into, out = (svh.shape[0], suh.shape[0]) if is_transposed else (suh.shape[0], svh.shape[0])
+    if x.dim() == 0 or format.padded(x.shape[-1]) != into or not x.is_floating_point():
+        raise ValueError(
+            f"EXL3 linear: the input is {x.dtype} {[*x.shape]}, the quantized weight has {into} input features"
+        )
+    if format.padded(out_features) != out:
+        raise ValueError(f"EXL3 linear: {out_features} output features of a quantized weight that has {out}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] < out_features):
+        raise ValueError(f"EXL3 linear: a bias {[*bias.shape]} for {out_features} output features")
 
 
 @torch.library.custom_op("exl3::linear", mutates_args=())
@@ -142,9 +167,9 @@ def linear(
         `torch.Tensor`: `[..., out_features]`, of the dtype of `x`.
 
     Raises:
-        `ValueError`: Where the sizes do not fit each other.
+        `ValueError`: Where the tensors do not fit each other.
     """
-    _check_linear(x, suh.shape[0], trellis, suh, svh)
+    _check_product(x, trellis, suh, svh, bias, out_features)
     if gpu.is_available(x.device):
         return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_empty(*x.shape[:-1], out_features)
@@ -167,6 +192,7 @@ def _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
 
 @linear.register_fake
 def _(x, trellis, suh, svh, bias, codebook, out_features):
+    _check_devices(x, trellis, suh, svh, bias)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -180,7 +206,7 @@ def linear_input_grad(
     in_features: int,
 ) -> torch.Tensor:
     """The gradient of `linear` in its input: `grad` `[..., out_features]` to `[..., in_features]`, in the dtype of `grad`."""
-    _check_linear(grad, svh.shape[0], trellis, suh, svh)
+    _check_product(grad, trellis, suh, svh, None, in_features, is_transposed=True)
     rows = grad.reshape(-1, grad.shape[-1])
     rotated = _rotate(rows, svh)
     x = rows.new_empty(rows.shape[0], in_features)
@@ -192,6 +218,7 @@ def linear_input_grad(
 
 @linear_input_grad.register_fake
 def _(grad, trellis, suh, svh, codebook, in_features):
+    _check_devices(grad, trellis, suh, svh)
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
@@ -243,7 +270,7 @@ def grouped_linear(
         `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`, with zeros in rows that are of no group.
 
     Raises:
-        `ValueError`: Where the sizes do not fit each other.
+        `ValueError`: Where the tensors do not fit each other.
         `RuntimeError`: For tensors that are met for the first time while a CUDA graph is captured.
     """
     counts = [len(tensors) for tensors in (trellis, suh, svh, bias or trellis, codebooks)]
@@ -254,9 +281,9 @@ def grouped_linear(
         return gpu.grouped_linear(x, bounds, trellis, suh, svh, bias, names, out_features)
     y = x.new_zeros(x.shape[0], out_features)
     few = []
-    for group, rows in _groups(bounds):
-        _check_linear(x, suh[group].shape[0], trellis[group], suh[group], svh[group])
+    for group, rows in _groups(bounds, len(trellis), x.shape[0]):
         layer = (trellis[group], suh[group], svh[group], bias[group] if bias else None)
+        _check_product(x, *layer, out_features)
         layer += (format.CODEBOOKS[codebooks[group]],)
         if gpu.is_available(x.device):
             y[rows] = gpu.linear(x[rows], *layer, out_features)
@@ -271,6 +298,7 @@ def grouped_linear(
 
 @grouped_linear.register_fake
 def _(x, bounds, trellis, suh, svh, bias, codebooks, out_features):
+    _check_devices(x, bounds, *trellis, *suh, *svh, *bias)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -286,7 +314,7 @@ def grouped_linear_input_grad(
 ) -> torch.Tensor:
     """The gradient of `grouped_linear` in its input: `grad` `[rows, out_features]` to `[rows, in_features]`."""
     x = grad.new_zeros(grad.shape[0], in_features)
-    for group, rows in _groups(bounds):
+    for group, rows in _groups(bounds, len(trellis), grad.shape[0]):
         codebook = format.CODEBOOKS[codebooks[group]]
         x[rows] = linear_input_grad(grad[rows], trellis[group], suh[group], svh[group], codebook, in_features)
     return x
@@ -294,12 +322,15 @@ def grouped_linear_input_grad(
 
 @grouped_linear_input_grad.register_fake
 def _(grad, bounds, trellis, suh, svh, codebooks, in_features):
+    _check_devices(grad, bounds, *trellis, *suh, *svh)
     return grad.new_empty(grad.shape[0], in_features)
 
 
-def _groups(bounds: torch.Tensor):
+def _groups(bounds: torch.Tensor, groups: int, rows: int):
     """The groups that have rows, with these."""
     ends = bounds.tolist()
+    if len(ends) != groups + 1 or sorted([0, *ends, rows]) != [0, *ends, rows]:
+        raise ValueError(f"EXL3 grouped linear: {ends} are no bounds of {groups} groups among {rows} rows")
     return [(group, slice(*rows)) for group, rows in enumerate(zip(ends, ends[1:])) if rows[0] < rows[1]]
 
 
@@ -334,7 +365,11 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
 
     Returns:
         `torch.Tensor`: fp32 `[out, in]`, as in `nn.Linear`.
+
+    Raises:
+        `ValueError`: Where the tensors do not fit each other.
     """
+    _check_weight(trellis, suh, svh)
     if trellis.device.type == "cpu" and cpu.is_available():
         return cpu.dequantize(trellis, suh, svh, codebook)
     weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
@@ -350,6 +385,7 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
 
 @dequantize.register_fake
 def _(trellis, suh, svh, codebook):
+    _check_devices(trellis, suh, svh)
     return torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
 
 
@@ -366,16 +402,25 @@ def embedding(ids: torch.Tensor, trellis: torch.Tensor, signs: torch.Tensor, emb
 
     Returns:
         `torch.Tensor`: fp32 `[..., embedding_dim]`.
+
+    Raises:
+        `ValueError`: Where the tensors are no table of this width.
+        `IndexError`: For numbers of rows that the table does not have, on a CPU.
     """
-    groups = trellis[ids].unflatten(-1, (signs.shape[0], -1))
-    scale = groups[..., :1].contiguous().view(torch.float16).float()
-    values = format.codebook_values("mul1", trellis.device)[format.unpack_embedding_states(groups[..., 1:])].float()
-    rows = signs.float() * hadamard(values * scale, format.EMBEDDING_GROUP)
+    format.embedding_bits(trellis, signs)
+    if not 0 <= signs.numel() - embedding_dim < format.EMBEDDING_GROUP:
+        raise ValueError(f"EXL3 embedding: rows of {embedding_dim} elements do not fit a table of {signs.numel()}")
+    rows = torch.nn.functional.embedding(ids, trellis)
+    rings = rows.unflatten(-1, (signs.shape[0], -1))[..., 1:]
+    values = format.codebook_values("mul1", trellis.device)[format.unpack_embedding_states(rings)].float()
+    values = values * format.embedding_scales(rows, signs.shape[0]).float()
+    rows = signs.float() * hadamard(values, format.EMBEDDING_GROUP)
     return rows.flatten(-2)[..., :embedding_dim].contiguous()
 
 
 @embedding.register_fake
 def _(ids, trellis, signs, embedding_dim):
+    _check_devices(ids, trellis, signs)
     return torch.empty(*ids.shape, embedding_dim, dtype=torch.float32, device=trellis.device)
 
 

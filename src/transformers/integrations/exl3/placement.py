@@ -21,6 +21,7 @@ fused projections, the slices of wide ones, and experts that the source kept in 
 
 import re
 from collections import defaultdict
+from itertools import islice
 
 from torch import nn
 
@@ -41,6 +42,9 @@ from .checkpoint import Checkpoint, Exl3CheckpointError
 from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
 
 
+NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
+
+
 class Placement:
     """
     The quantized modules of a checkpoint, built for a model and not yet put into it.
@@ -56,7 +60,7 @@ class Placement:
 
     Raises:
         `Exl3CheckpointError`: Where a quantized module has no place in the model, or does not fit it, or where the model
-            has linear layers or embeddings that the checkpoint has no weights for.
+            has parameters that the checkpoint lacks.
     """
 
     def __init__(self, checkpoint: Checkpoint, model):
@@ -107,7 +111,7 @@ class Placement:
 
     def _place_linear(self, name: str, composites):
         path, parameter = self._target(name)
-        expert = re.fullmatch(rf"(.+)\.(\d+)\.({'|'.join(EXPERT_ROLES)})", name)
+        expert = re.fullmatch(rf"(.+)\.{NUMBER}\.({'|'.join(EXPERT_ROLES)})", name)
         if expert:
             container = (
                 path if parameter in EXPERT_PARAMETERS else self._in_model(apply_renamings(expert[1], self._renamings))
@@ -125,7 +129,7 @@ class Placement:
                 return
             self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
             return
-        sliced = re.fullmatch(r"(.+)\.slice\.(\d+)", name)
+        sliced = re.fullmatch(rf"(.+)\.slice\.{NUMBER}", name)
         if sliced:
             path = self._target(sliced[1])[0]
             if path in self._paths and is_linear(self._paths[path]):
@@ -182,6 +186,11 @@ class Placement:
             has, has_not = ("checkpoint", "model") if plain.bias is None else ("model", "checkpoint")
             self._problems.append(f"{name} has a bias in the {has} and none in the {has_not}")
             return None
+        if "bias" in tensors and tensors["bias"].shape[0] not in (out_features, stored[1]):
+            self._problems.append(
+                f"{name} has a bias of {tensors['bias'].shape[0]} for {out_features} output features"
+            )
+            return None
         return Exl3Linear(in_features, out_features, tensors, plain)
 
     def _stored(self, name: str, side: int) -> int:
@@ -231,14 +240,15 @@ class Placement:
     def _experts(self, path: str, parts: dict[tuple[int, str], str]) -> Exl3Experts | None:
         plain = self._paths[path]
         count, hidden, intermediate = expert_sizes(plain)
-        names = {EXPERT_ROLES[projection]: projection for _, projection in parts}
         roles = ("gate", "up", "down") if hasattr(plain, "gate_up_proj") else ("up", "down")
-        wanted = {(expert, names.get(role)) for expert in range(count) for role in roles}
-        if wanted != set(parts):
-            missing = sorted(f"{expert}.{projection}" for expert, projection in wanted - set(parts))
-            unknown = sorted(f"{expert}.{projection}" for expert, projection in set(parts) - wanted)
+        found = {EXPERT_ROLES[projection]: projection for _, projection in parts}
+        names = {role: found.get(role, role) for role in roles}
+        wanted = ((expert, name) for expert in range(count) for name in names.values())
+        missing = list(islice((f"{e}.{name}" for e, name in wanted if (e, name) not in parts), 4))
+        unknown = [f"{e}.{name}" for e, name in sorted(parts) if e >= count or name not in names.values()]
+        if missing or unknown:
             self._problems.append(
-                f"{path} has {count} experts with {', '.join(roles)}; the checkpoint lacks {missing[:4]} and has {unknown[:4]}"
+                f"{path} has {count} experts with {', '.join(roles)}; the checkpoint lacks {missing} and has {unknown[:4]}"
             )
             return None
         experts = []
@@ -274,16 +284,19 @@ class Placement:
         return Exl3Embedding({leaf: tensor.to("meta") for leaf, tensor in tensors.items()}, plain)
 
     def _check_others(self):
-        """Note tensors that are stored with padding, and layers that nothing in the checkpoint is for."""
+        """Note tensors that are stored with padding, and parameters that nothing in the checkpoint is for."""
         prefix, present = self.model.base_model_prefix, set()
         for name, tensor in self.checkpoint.others.items():
             renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._plain)
             present.add(renamed)
-            if pattern is not None:
+            plain = self._plain.get(renamed, tensor)
+            if plain.is_floating_point() != tensor.is_floating_point():
+                self._problems.append(f"{name} is {tensor.dtype}, and the model's {renamed} is {plain.dtype}")
+            elif pattern is not None:
                 targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
                 present.update(renamed.replace(targets[0], target) for target in targets)
-            elif renamed in self._plain and self._plain[renamed].shape != tensor.shape:
-                shape = self._plain[renamed].shape
+            elif plain.shape != tensor.shape:
+                shape = plain.shape
                 if [format.padded(size) for size in shape[:2]] == [
                     format.padded(size) for size in tensor.shape[:2]
                 ] and all(size in (wanted, format.padded(wanted)) for size, wanted in zip(tensor.shape, shape)):
@@ -297,11 +310,10 @@ class Placement:
                 continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{path}.{leaf}" if path else leaf
-                # Upstream initialises what is missing: ones for a norm are harmless, random matrices are not.
-                if parameter.dim() < 2 or name in present or any(re.search(pattern, name) for pattern in lacking):
+                if name in present or any(re.search(pattern, name) for pattern in lacking):
                     continue
                 if not self._is_tied(name, self.model.all_tied_weights_keys, present):
-                    is_weight = is_linear(module) or isinstance(module, nn.Embedding)
+                    is_weight = leaf == "weight" and (is_linear(module) or isinstance(module, nn.Embedding))
                     lacks = f"{path} has neither a `weight` nor a `trellis`" if is_weight else f"{name} is not"
                     self._problems.append(f"{lacks} in the checkpoint")
 

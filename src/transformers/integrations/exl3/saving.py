@@ -11,15 +11,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The file that EXL3 checkpoints have beside what every checkpoint has: `quantization_config.json`."""
+"""How EXL3 checkpoints are saved: with a `quantization_config.json`, and whole before they take the place of others."""
 
 import inspect
 import json
 import math
 import os
+import re
+import shutil
 
+from ...modeling_utils import _add_variant
+from ...utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import format
 from .checkpoint import read_checkpoint, read_header
+
+
+UNFINISHED = ".unfinished"  # where files are written first, in the folder that they are for
 
 
 def tensor_storage(files: list[str]) -> dict[str, dict]:
@@ -48,7 +55,8 @@ def tensor_storage(files: list[str]) -> dict[str, dict]:
 
 class SaveWithTensorStorage:
     """
-    Stands for a quantized model's `save_pretrained` and writes `quantization_config.json` after it.
+    Stands for a quantized model's `save_pretrained`: writes `quantization_config.json`, too, and moves the files to their
+    places when all are written. What stops it before that leaves the folder as it was.
 
     Upstream's quantizers see the tensors that are saved, but not where: hence this wrapper, an attribute of the model
     that is copied and pickled with it.
@@ -65,33 +73,56 @@ class SaveWithTensorStorage:
         save = type(model).save_pretrained
         call = inspect.signature(save).bind(model, *args, **kwargs)
         call.apply_defaults()
-        if call.arguments["distributed_checkpoint"]:
+        arguments = call.arguments
+        if arguments["distributed_checkpoint"]:
             raise ValueError("EXL3 models are not saved with `distributed_checkpoint=True`: leave it out.")
-        folder, hub_arguments = call.arguments["save_directory"], call.arguments["kwargs"]
-        push_to_hub, call.arguments["push_to_hub"] = call.arguments["push_to_hub"], False
-        before = _files(folder)
+        folder, hub_arguments = arguments["save_directory"], arguments["kwargs"]
+        push_to_hub, arguments["push_to_hub"] = arguments["push_to_hub"], False
+        is_writer = model.should_save_on_this_rank(arguments["is_main_process"])
+        if is_writer:
+            arguments["save_directory"] = unfinished = os.path.join(folder, UNFINISHED)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         asked = getattr(model.config, "distributed_config", None)
         model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
         try:
             save(*call.args, **call.kwargs)
+            if is_writer:
+                if not getattr(model, "_hf_peft_config_loaded", False):
+                    self._write_tensor_storage(unfinished)
+                _move(unfinished, folder, arguments["variant"])
         finally:
             model.config.distributed_config = asked
-        if model.should_save_on_this_rank(call.arguments["is_main_process"]):
-            written = [path for path, written_at in _files(folder).items() if before.get(path) != written_at]
-            is_adapter = getattr(model, "_hf_peft_config_loaded", False)
-            if written and not is_adapter:
-                storage = {"tensor_storage": tensor_storage(sorted(written))}
-                with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
-                    json.dump(model.config.quantization_config.to_dict() | storage, file, indent=4)
-            if push_to_hub:  # after that file is written, too
-                hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
-                model.push_to_hub(token=call.arguments["token"], **hub_arguments)
+            if is_writer:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        if is_writer and push_to_hub:
+            hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
+            model.push_to_hub(token=arguments["token"], **hub_arguments)
         model.barrier_after_gathered_checkpoint_save(asked)
 
+    def _write_tensor_storage(self, folder: str):
+        files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
+        storage = {"tensor_storage": tensor_storage(files)}
+        with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
+            json.dump(self.model.config.quantization_config.to_dict() | storage, file, indent=4)
 
-def _files(folder: str | os.PathLike) -> dict[str, int]:
-    """The safetensors files in `folder`, with the times at which they were written."""
-    if not os.path.isdir(folder):
-        return {}
-    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors")]
-    return {path: os.stat(path).st_mtime_ns for path in paths}
+
+def _move(source: str, folder: str | os.PathLike, variant: str | None):
+    """
+    Move the files of `source` to `folder`, and remove the weights there that they replace.
+
+    At no moment does `folder` hold a mixture that loads: what weights are found by, their one file or the index of
+    several, comes last, and where several files replace others, these lose theirs first.
+    """
+    new = os.listdir(source)
+    whole, index = entries = [_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    shard = re.compile(re.escape(whole.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors")
+    old = {name for name in os.listdir(folder) if name in entries or shard.fullmatch(name)}
+    if index in new:
+        for name in old.intersection(entries):
+            os.remove(os.path.join(folder, name))
+        old.difference_update(entries)
+    for name in sorted(new, key=entries.__contains__):
+        os.replace(os.path.join(source, name), os.path.join(folder, name))
+    if whole in new or index in new:  # and not the weights of an adapter
+        for name in old.difference(new):
+            os.remove(os.path.join(folder, name))

@@ -211,6 +211,7 @@ def rotate(
     if not fits or (bias is not None and (bias.dim() != 1 or bias.shape[0] < out.shape[1])):
         tensors = {"x": x, "before": before, "after": after, "bias": bias, "out": out}
         raise ValueError(f"the sizes of a rotation do not fit each other: {_shapes(tensors)}")
+    x = x if x.stride(-1) == 1 else x.contiguous()
     rows = (*_rows(x), *_rows(out), *_rows(before), *_rows(after), *_rows(bias))
     call = bytearray(_ROTATE_CALL.pack(*rows, x.shape[0], x.shape[1], out.shape[1]))
     _call("exl3_rotate", _address(call), torch.get_num_threads())
@@ -288,7 +289,8 @@ def _rows(tensor):
     """A tensor for the library: rows of numbers, contiguous each and evenly spaced."""
     if tensor is None:
         return _NO_ROWS
-    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or (tensor.numel() and tensor.stride(-1) != 1):
+    is_contiguous = tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or not is_contiguous:
         raise ValueError(
             f"the EXL3 kernels take contiguous rows of float32, float16 or bfloat16 on the CPU: {_describe(tensor)}"
         )

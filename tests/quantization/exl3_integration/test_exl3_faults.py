@@ -1,0 +1,354 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What goes wrong around a model: saves that are killed or run out of disk, interrupts, little memory, several processes."""
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import unittest
+from pathlib import Path
+from unittest.mock import patch
+
+from parameterized import parameterized
+
+from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, logging
+from transformers.testing_utils import require_accelerate, require_torch, slow
+from transformers.utils import is_torch_available
+
+
+if is_torch_available():
+    import torch
+
+    from transformers.integrations.exl3 import ops
+
+    from .synthetic import SyntheticCheckpoint, read_tensors
+    from .tiny_models import tiny_inputs, tiny_model
+
+
+SHARD = 60_000  # bytes, of which a checkpoint here has several times as many
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
+@torch.no_grad()
+def outputs(model):
+    return model(**tiny_inputs("llama")).logits
+
+
+def checkpoint_of(bits):
+    """A checkpoint of the same model as all others here, quantized at `bits`."""
+    checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+    checkpoint.quantize_all(bits=bits)
+    return checkpoint
+
+
+def call_all(calls):
+    """Call functions with their arguments, in a process that is to be forked: no threads, no progress bars that share a lock."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for function, *arguments in calls:
+        function(*arguments)
+
+
+def in_a_process(test, *calls):
+    """Make `calls` in a process of its own, and have `test` fail where that fails."""
+    process = multiprocessing.get_context("spawn").Process(target=call_all, args=(calls,))
+    process.start()
+    process.join(300)
+    process.kill()
+    test.assertEqual(process.exitcode, 0)
+
+
+def forked(work):
+    """What a copy of this process, which has one thread, exits with after `work`."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 3
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def kill_at(moment, folder):
+    """End this process at the change number `moment` of a file in `folder`, before it is made."""
+    changes = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+    left = moment
+
+    def hook(event, arguments):
+        nonlocal left
+        if event in changes and str(arguments[0]).startswith(folder):
+            if event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+    sys.addaudithook(hook)
+
+
+def write_old(kind, folder):
+    """What stands in the folder that is saved to: returns what it loads as, None for what is not EXL3."""
+    if kind == "float":
+        tiny_model("llama")[0].save_pretrained(folder)
+    elif kind != "nothing":
+        checkpoint = checkpoint_of(2)
+        checkpoint.save(folder, checkpoint.tensors, shards=5 if kind == "sharded" else 1)
+    return outputs(load(folder)) if kind != "nothing" else None
+
+
+def save_and_be_killed(cases):
+    """
+    Save over a checkpoint, killed at every moment in turn: the old one loads, or the new one, or none.
+
+    Args:
+        cases (`list[tuple]`): What stands there, and the size of the shards that are saved.
+    """
+    with tempfile.TemporaryDirectory() as source:
+        checkpoint = checkpoint_of(3)
+        checkpoint.save(source, checkpoint.tensors)
+        model = load(source)
+        for kind, shard_size in cases:
+            left, moments = left_by_kills(model, kind, shard_size)
+            print(f"\n{kind} to {shard_size}: killed at {moments} moments, which leaves {', '.join(sorted(left))}")
+            # Several files are not replaced at once, and a new config has float weights beside it for a moment.
+            is_at_once = shard_size == "1GB" and kind not in ("float", "nothing")
+            assert left == {"old", "new", "none"} - ({"none"} if is_at_once else set()) - (
+                {"old"} if kind == "nothing" else set()
+            ), left
+
+
+def left_by_kills(model, kind, shard_size):
+    """What loads after each kill, as a set of `old`, `new` and `none`, and the number of kills."""
+    after, left = outputs(model), set()
+    with tempfile.TemporaryDirectory() as old:
+        before = write_old(kind, old)
+        for moment in range(1000):
+            with tempfile.TemporaryDirectory() as parent:
+                folder = os.path.join(parent, "model")
+                shutil.copytree(old, folder)
+
+                def save():
+                    kill_at(moment, folder)
+                    model.save_pretrained(folder, max_shard_size=shard_size)
+
+                code = forked(save)
+                assert code in (0, 9), code
+                try:
+                    found = outputs(load(folder))
+                    is_new = torch.equal(found, after)
+                    assert is_new or torch.equal(found, before), f"a mixture at {moment}"
+                    left.add("new" if is_new else "old")
+                except (OSError, ValueError):
+                    left.add("none")
+                model.save_pretrained(folder, max_shard_size=shard_size)  # what was begun before is not in the way
+                assert torch.equal(outputs(load(folder)), after)
+                assert not [name for name in os.listdir(folder) if name.startswith(".")]
+                if code == 0:
+                    return left, moment
+    raise AssertionError("never done")
+
+
+def save_with_a_full_disk():
+    """Files may not grow beyond a size: an error, or where that cannot be caught the end, and the old checkpoint is whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = write_old("single", folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        model = load(folder)
+        for size in (1000, 100_000):
+
+            def save(action):
+                signal.signal(signal.SIGXFSZ, action)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                try:
+                    model.save_pretrained(folder)
+                except Exception as error:
+                    assert "too large" in str(error), error
+                    assert not os.path.exists(os.path.join(folder, ".unfinished"))
+                else:
+                    raise AssertionError(f"everything fits into {size} bytes")
+
+            assert forked(lambda: save(signal.SIG_IGN)) == 0, size
+            assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == files
+            assert forked(lambda: save(signal.SIG_DFL)) == -signal.SIGXFSZ
+            assert torch.equal(outputs(load(folder)), before)
+
+
+def load_with_little_memory(folder):
+    """Limits of memory from none left to enough: an error, and the same process loads the model when there is more."""
+    for kwargs in ({}, {"quantization_config": Exl3Config(dequantize=True)}):
+        load(folder, **kwargs)  # what is loaded once, like libraries
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+        failed = 0
+        for megabytes in (0, 8, 16, 32, 64, 1024):
+
+            def load_within():
+                resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+                try:
+                    load(folder, **kwargs)
+                except Exception as error:
+                    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                    assert isinstance(error, MemoryError) or re.search("memory|new thread", str(error)), repr(error)
+                    load(folder, **kwargs)
+                    os._exit(7)
+
+            code = forked(load_within)
+            assert code in (0, 7), (megabytes, code)
+            failed += code == 7
+        print(f"\nloading{' dequantized' if kwargs else ''}: out of memory at {failed} of 6 limits")
+        assert 0 < failed < 6, failed
+
+
+def quantize(source, target, compiles):
+    """Import, compile and quantize, as a user's process does."""
+    model = load(source, quantization_config=Exl3Config(bits=2))
+    ids = tiny_inputs("llama")["input_ids"]
+    if compiles:
+        expected = model(ids).logits
+        logits = torch.compile(model.forward, fullgraph=True)(ids).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(target)
+
+
+@require_torch
+@require_accelerate
+@unittest.skipUnless(sys.platform == "linux", "forks, and limits files and memory")
+class Exl3FaultsTest(unittest.TestCase):
+    def test_a_save_that_is_killed_or_has_no_room_leaves_what_was_there(self):
+        in_a_process(self, (save_and_be_killed, [("single", "1GB")]), (save_with_a_full_disk,))
+
+    @slow
+    def test_a_save_of_another_form_that_is_killed_leaves_no_mixture(self):
+        cases = [("single", SHARD), ("sharded", "1GB"), ("sharded", 2 * SHARD), ("float", "1GB"), ("float", SHARD)]
+        in_a_process(self, (save_and_be_killed, [*cases, ("nothing", "1GB"), ("nothing", SHARD)]))
+
+    def test_a_save_replaces_the_weights_of_any_form(self):
+        checkpoint = checkpoint_of(2)
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as source:
+            checkpoint.save(source, checkpoint.tensors)
+            Path(folder, "tokenizer.json").write_text("{}", encoding="utf-8")
+            model = load(source)
+            for size in ("1GB", SHARD, 2 * SHARD, "1GB", SHARD):
+                model.save_pretrained(folder, max_shard_size=size)
+                self.assertEqual(read_tensors(folder).keys(), checkpoint.tensors.keys())
+                names = set(os.listdir(folder))
+                weights = {name for name in names if "safetensors" in name}
+                self.assertEqual(weights == {"model.safetensors"}, size == "1GB")
+                self.assertEqual("model.safetensors.index.json" in weights, size != "1GB")
+                others = {"config.json", "generation_config.json", "quantization_config.json", "tokenizer.json"}
+                self.assertEqual(names - weights, others)
+                self.assertTrue(torch.equal(outputs(load(folder)), outputs(model)))
+
+    def test_a_model_is_saved_over_the_files_that_it_was_loaded_from(self):
+        checkpoint = checkpoint_of(2)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors, shards=3)
+            model = load(folder)
+            expected = outputs(model)
+            for size in ("1GB", SHARD, "1GB"):
+                model.save_pretrained(folder, max_shard_size=size)
+                self.assertTrue(torch.equal(outputs(model), expected))
+                self.assertTrue(torch.equal(outputs(load(folder)), expected))
+
+    def test_an_interrupt_while_saving_leaves_what_was_there(self):
+        checkpoint = checkpoint_of(2)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            model = load(folder)
+            names = os.listdir(folder)
+            with patch("transformers.modeling_utils.safe_save_file", side_effect=KeyboardInterrupt):
+                self.assertRaises(KeyboardInterrupt, model.save_pretrained, folder)
+            self.assertEqual(sorted(os.listdir(folder)), sorted(names))
+
+    def test_interrupted_quantizing_is_begun_again(self):
+        calls, encode = 0, ops.encode_with_progress
+
+        def encode_until_interrupted(*args):
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                raise KeyboardInterrupt
+            return encode(*args)
+
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_model("llama")[0].save_pretrained(folder)
+            config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp", "lm_head"])
+            expected = load(folder, quantization_config=config).state_dict()
+            with patch.object(ops, "encode_with_progress", encode_until_interrupted):
+                self.assertRaises(KeyboardInterrupt, load, folder, quantization_config=config)
+            self.assertEqual(calls, 5)
+            found = load(folder, quantization_config=config).state_dict()
+        self.assertEqual(found.keys(), expected.keys())
+        for name, tensor in expected.items():
+            self.assertTrue(torch.equal(found[name], tensor), name)
+
+    @parameterized.expand(["dangling", "folder"])
+    def test_a_shard_that_cannot_be_read(self, what):
+        checkpoint = checkpoint_of(2)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors, shards=3)
+            shard = Path(folder, "model-00002-of-00003.safetensors")
+            shard.unlink()
+            if what == "dangling":
+                shard.symlink_to("nowhere")
+            else:
+                shard.mkdir()
+            self.assertRaisesRegex(ValueError, f"{shard.name}: no whole safetensors file(.|\n)*again", load, folder)
+
+    @slow
+    def test_memory_that_runs_out_while_loading(self):
+        config = LlamaConfig(
+            hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, vocab_size=512
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = SyntheticCheckpoint(LlamaForCausalLM(config))
+            checkpoint.quantize_all()
+            checkpoint.save(folder, checkpoint.tensors)
+            in_a_process(self, (load_with_little_memory, folder))
+
+    @slow
+    def test_two_processes_import_compile_and_quantize_at_once(self):
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_model("llama")[0].save_pretrained(folder)
+            caches = {name: os.path.join(folder, name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+            targets = [os.path.join(folder, str(index)) for index in range(3)]
+            with patch.dict(os.environ, caches):
+                context = multiprocessing.get_context("spawn")
+                processes = [context.Process(target=quantize, args=(folder, target, True)) for target in targets[:2]]
+                for process in processes:
+                    process.start()
+                for process in processes:
+                    process.join(300)
+                    self.assertEqual(process.exitcode, 0)
+            quantize(folder, targets[2], False)
+            files = {"model.safetensors", "config.json", "generation_config.json", "quantization_config.json"}
+            for target in targets:
+                self.assertEqual(set(os.listdir(target)), files)
+                for file in files:
+                    self.assertEqual(Path(target, file).read_bytes(), Path(targets[2], file).read_bytes())
+
+
+if __name__ == "__main__":
+    unittest.main()
