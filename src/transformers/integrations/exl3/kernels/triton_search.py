@@ -321,8 +321,10 @@ def choose(bits: float, kept_bytes: int, target: Target) -> Options:
     )
     # For Blackwell the compiler takes up to 254 registers a thread.
     programs = max(1, (PROCESSOR_THREADS // 2 if target.capability >= 100 else PROCESSOR_THREADS) // threads)
-    # Where far fewer registers would do, NVIDIA's assembler sometimes takes a few too few and spills.
-    extra = (("maxnreg", 128),) if target.ptx and tiles << max(output_bits) < 64 else ()
+    # Left alone, NVIDIA's assembler sometimes takes a few too few and spills, or twice as many. Told so, it spills from Hopper
+    # on where it needs all of them.
+    is_limited = target.ptx and (target.capability < 90 or tiles << max(output_bits) < 64)
+    extra = (("maxnreg", 128),) if is_limited else ()
     return Options(tiles, threads, output_bits, programs, extra)
 
 
