@@ -33,7 +33,7 @@ except ImportError:
     triton = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Largest error of a product over the norm of the exact one: FORMAT.md 2.7, bfloat16 as measured and rounded up.
+# Largest error of a product over the norm of the exact one, bfloat16 as measured and rounded up.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 require_triton = unittest.skipUnless(triton, "needs Triton")

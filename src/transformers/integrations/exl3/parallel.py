@@ -22,7 +22,7 @@ Quantized layers under upstream's plans for tensor and expert parallelism: its s
 | moe_tp_experts: down       | cut, rows     | cut           | whole         | (refused)             | a summand of all outputs |
 | ep_dispatch_experts        | whole, those of the experts that a process has                        | its experts' outputs     |
 
-A rotation never crosses a block of 128 features, so any cut between blocks is exact (FORMAT section 2.6).
+A rotation never crosses a block of 128 features, so any cut between blocks is exact.
 """
 
 import re
