@@ -125,7 +125,12 @@ class Exl3HfQuantizer(HfQuantizer):
 
         if not QUANTIZED_HERE.items() <= self.quantization_config.converter_fields.items():
             check_architecture(model.config)
-        unreadable = [file for file in checkpoint_files or ["none"] if not file.endswith(".safetensors")]
+        if not checkpoint_files:
+            raise ValueError(
+                f"{model.config.name_or_path}: the EXL3 checkpoint has no weights, or its index names none. Download or "
+                "convert it again."
+            )
+        unreadable = [file for file in checkpoint_files if not file.endswith(".safetensors")]
         if unreadable:
             raise ValueError(
                 f"EXL3 checkpoints are safetensors files, got {', '.join(unreadable)}: pass their folder or repo."

@@ -62,7 +62,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=Exl3Config
 """
 
 # What errors of this repository name, and what they say is to be done.
-NAMES = r"/\w+|\w\.\w|lm_head|`\w+`|got none"
+NAMES = r"/\w+|\w\.\w|lm_head|`\w+`"
 REMEDY = r"convert it again|pass their folder|has to be|load it without"
 OWN_ERRORS = ("Exl3CheckpointError", "ValueError", "TypeError")
 

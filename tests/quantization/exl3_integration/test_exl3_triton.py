@@ -256,6 +256,10 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         layers[1] = Layer(128, 128)
         with self.assertRaisesRegex(ValueError, r"experts of \(128, 128\) features do not fit an input of 256"):
             grouped_linear(layers, x, bounds)
+        with_biases = [Layer(256, 128, bias=True, seed=seed) for seed in range(3)]
+        with_biases[1].bias = with_biases[1].bias[:100]
+        with self.assertRaisesRegex(ValueError, "a bias of 100 do not give 128 features"):
+            grouped_linear(with_biases, x, bounds)
         layers[1] = Layer(256, 128)
         layers[1].trellis = torch.zeros(16 * 8 * 64 + 1, dtype=torch.int16)[1:].view(16, 8, 64)
         with self.assertRaisesRegex(ValueError, "multiples of 4"):

@@ -171,7 +171,7 @@ def grouped_linear(
         one = members[0]
         tensors = [tensors[one] if tensors else None for tensors in lists]
         _check_codebook(codebooks[one])
-        _check_sizes(x, *tensors[:3])
+        _check_sizes(x, *tensors, out_features)
         with on(x.device):
             table = table_of(members, lists, x.device)
             triton_grouped_linear(x, bounds, table, *tensors, codebooks[one], y, target_of(x.device))
@@ -262,10 +262,13 @@ def _check_devices(*tensors):
         raise ValueError(f"the tensors of an EXL3 layer and its input are on different devices: {names}")
 
 
-def _check_sizes(x, trellis, suh, svh):
+def _check_sizes(x, trellis, suh, svh, bias, out_features):
     sizes = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
     if (format.padded(x.shape[-1]), suh.shape[0], svh.shape[0]) != (sizes[0], *sizes):
         raise ValueError(
             f"experts of {sizes} features do not fit an input of {x.shape[-1]} and scales of {suh.shape[0]} and "
             f"{svh.shape[0]}"
         )
+    if format.padded(out_features) != sizes[1] or (bias is not None and bias.shape[0] < out_features):
+        length = "none" if bias is None else bias.shape[0]
+        raise ValueError(f"experts of {sizes} features and a bias of {length} do not give {out_features} features")
