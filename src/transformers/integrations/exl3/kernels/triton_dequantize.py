@@ -100,6 +100,7 @@ def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype, ptx: bool) 
         BANDS=BANDS,
         COLUMN_TILES=COLUMN_TILES,
         num_warps=WARPS,
+        enable_fp_fusion=True,  # the default of Triton before 3.10
     )
     return inner
 

@@ -255,6 +255,7 @@ def rotate_input(
         ORDER=order,
         EXPERTS=0 if bounds is None else triton.next_power_of_2(bounds.shape[0] - 1),
         num_warps=warps,
+        enable_fp_fusion=True,  # the default of Triton before 3.10
     )
     return operand, scales
 
@@ -294,4 +295,5 @@ def rotate_output(
         HAS_SCALES=scales is not None,
         HAS_BIAS=bias is not None,
         num_warps=warps,
+        enable_fp_fusion=True,  # the default of Triton before 3.10
     )

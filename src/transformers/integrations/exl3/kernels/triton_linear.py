@@ -335,6 +335,7 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, b
         HAS_BIAS=bias is not None,
         EXPERTS=triton.next_power_of_2(experts) if experts else 0,
         num_warps=options.warps,
+        enable_fp_fusion=True,  # the default of Triton before 3.10
         **dict(options.extra),
     )
 
