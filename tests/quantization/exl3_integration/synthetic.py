@@ -25,6 +25,13 @@ from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.hadamard import hadamard
 
 
+def save_quantized(model, folder: str):
+    """Write a checkpoint of `model` with random codes for its linear layers."""
+    checkpoint = SyntheticCheckpoint(model)
+    checkpoint.quantize_all()
+    checkpoint.save(folder, checkpoint.tensors)
+
+
 def read_tensors(folder: str) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files in `folder`."""
     tensors = {}

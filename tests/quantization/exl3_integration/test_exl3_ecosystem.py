@@ -55,7 +55,7 @@ from transformers.testing_utils import (
 )
 from transformers.utils import is_tokenizers_available
 
-from .synthetic import SyntheticCheckpoint, read_tensors
+from .synthetic import read_tensors, save_quantized
 from .tiny_models import tiny_inputs, tiny_model
 
 
@@ -86,9 +86,7 @@ class Exl3GenerationTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.folder = folder.name
-        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
-        checkpoint.quantize_all()
-        checkpoint.save(cls.folder, checkpoint.tensors)
+        save_quantized(tiny_model("llama")[0], cls.folder)
         cls.model = AutoModelForCausalLM.from_pretrained(cls.folder)
         cls.ids = tiny_inputs("llama")["input_ids"]
         cls.expected = cls.generate(cls.ids)
@@ -266,9 +264,7 @@ class Exl3ServingTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.folder = folder.name
-        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
-        checkpoint.quantize_all()
-        checkpoint.save(cls.folder, checkpoint.tensors)
+        save_quantized(tiny_model("llama")[0], cls.folder)
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
         tokenizer.save_pretrained(cls.folder)

@@ -38,7 +38,7 @@ if is_torch_available():
 
     from transformers.integrations.exl3 import ops
 
-    from .synthetic import SyntheticCheckpoint, read_tensors
+    from .synthetic import SyntheticCheckpoint, read_tensors, save_quantized
     from .tiny_models import tiny_inputs, tiny_model
 
 
@@ -323,9 +323,7 @@ class Exl3FaultsTest(unittest.TestCase):
             hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, vocab_size=512
         )
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = SyntheticCheckpoint(LlamaForCausalLM(config))
-            checkpoint.quantize_all()
-            checkpoint.save(folder, checkpoint.tensors)
+            save_quantized(LlamaForCausalLM(config), folder)
             in_a_process(self, (load_with_little_memory, folder))
 
     @slow

@@ -350,7 +350,7 @@ class Exl3OperatorsTest(unittest.TestCase):
             ],
             "output features of a quantized weight that has 128": [{"out": out} for out in (129, 0, -1, 1 << 40)],
             "a bias .* for 128 output features": [{"bias": bias[:127]}, {"bias": bias[None]}],
-            "have to be on one device, these are on cpu and meta": [
+            "are on different devices: cpu, meta": [
                 {name: value.to("meta")}
                 for name, value in (("x", x), ("trellis", trellis), ("suh", suh), ("svh", svh), ("bias", bias))
             ],
@@ -371,15 +371,15 @@ class Exl3OperatorsTest(unittest.TestCase):
             ValueError, r"the input is torch.float32 \[2, 130\], the quantized weight has 128 input features"
         ):
             ops.linear_input_grad(torch.randn(2, 130), trellis, suh, svh, codebook, 256)
-        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+        with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
             ops.linear_input_grad(grad, meta, suh, svh, codebook, 256)
-        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+        with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
             ops.dequantize(meta, suh, svh, codebook)
         with self.assertRaisesRegex(ValueError, "do not fit a trellis of"):
             ops.dequantize(trellis, suh, torch.cat((svh, svh)), codebook)
         groups = ([trellis] * 2, [suh] * 2, [svh] * 2)
         x, bounds = torch.randn(5, 256), torch.tensor([0, 2, 5])
-        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+        with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
             ops.grouped_linear(x, bounds, [trellis, meta], *groups[1:], [], [2, 2], 128)
         for wrong in ([0, 2], [0, 2, 6], [0, 3, 2], [-1, 2, 5], [0, 1, 2, 3]):
             with self.assertRaisesRegex(ValueError, "are no bounds of 2 groups among 5 rows"):
@@ -396,7 +396,7 @@ class Exl3OperatorsTest(unittest.TestCase):
                 ops.embedding(torch.tensor([1]), trellis, signs, width)
         with self.assertRaisesRegex(ValueError, "are no EXL3 embedding table"):
             ops.embedding(torch.tensor([1]), trellis[:, 1:], signs, 640)
-        with self.assertRaisesRegex(ValueError, "on cpu and meta"):
+        with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
             ops.embedding(torch.tensor([1]), trellis.to("meta"), signs, 640)
 
     @parameterized.expand([(256, 128), (200, 130)])

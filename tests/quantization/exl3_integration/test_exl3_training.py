@@ -25,7 +25,7 @@ from transformers.integrations.exl3.modules import DequantizedWeight, Exl3Expert
 from transformers.testing_utils import require_accelerate, require_peft, require_torch
 from transformers.utils import is_peft_available
 
-from .synthetic import SyntheticCheckpoint, read_tensors
+from .synthetic import read_tensors, save_quantized
 from .tiny_models import tiny_inputs, tiny_model
 
 
@@ -48,9 +48,7 @@ class Exl3TrainingTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
-        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
-        checkpoint.quantize_all()
-        checkpoint.save(self.folder, checkpoint.tensors)
+        save_quantized(tiny_model("llama")[0], self.folder)
         self.inputs = tiny_inputs("llama")
         torch.manual_seed(0)  # of the adapters
 

@@ -37,7 +37,7 @@ from ...core_model_loading import (
 from ...distributed.sharding_utils import DtensorShardOperation, _dtensor_from_local_like
 from ...distributed.utils import is_dtensor
 from . import encoder, format, ops
-from .modules import Exl3Linear, Exl3Module
+from .modules import Exl3Linear, Exl3Module, whole
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
@@ -312,30 +312,32 @@ class Exl3Quantize(ConversionOps):
         waiting += [(head, "weight") for head in quantizer.heads_tied_to(name)]
         for path, parameter in waiting:
             module = model.get_submodule(path)
-            whole = _whole(value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape)
+            gathered = _gathered(
+                value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape
+            )
             made = quantize_parameter(
-                path, module, parameter, whole, quantizer.quantization_config.effort, quantizer.progress_bar.update
+                path, module, parameter, gathered, quantizer.quantization_config.effort, quantizer.progress_bar.update
             )
             result |= {name: own_part(tensor, model.get_parameter_or_buffer(name)) for name, tensor in made.items()}
             missing_keys.discard(f"{path}.{parameter}")
         return result
 
 
-def _whole(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _gathered(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The tensor of shape `shape` of which this process has read `value`, its part of the parameter `placeholder`."""
     if not is_dtensor(placeholder):
         return value
     from torch.distributed.tensor import DTensor
 
     parts = DTensor.from_local(
-        value.float().contiguous(),  # Gloo has no float16
+        value.contiguous(),
         placeholder.device_mesh,
         placeholder.placements,
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
-    return parts.full_tensor().to(value.dtype)
+    return whole(parts)
 
 
 def quantize_parameter(

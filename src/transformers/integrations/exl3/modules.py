@@ -48,6 +48,17 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be divided among several processes, each of which has to call this."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    # Communication libraries know no 16-bit integers, and Gloo no float16. The wider types hold the same values.
+    if tensor.element_size() == 2:
+        wide = torch.float32 if tensor.is_floating_point() else torch.int32
+        return tensor.to(wide).full_tensor().to(tensor.dtype)
+    return tensor.full_tensor()
+
+
 class Exl3Module(nn.Module):
     """
     What the modules here share.

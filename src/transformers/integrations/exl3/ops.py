@@ -108,16 +108,6 @@ def _features(tiles: slice) -> slice:
     return slice(tiles.start * format.TILE, tiles.stop * format.TILE)
 
 
-def _check_devices(*tensors):
-    """Raise `ValueError` where tensors (or None) are not on one device. One on `meta` is enough to get here, not to a kernel."""
-    device = tensors[0].device
-    if any(tensor is not None and tensor.device != device for tensor in tensors):
-        devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
-        raise ValueError(
-            f"EXL3: the tensors of one operator have to be on one device, these are on {' and '.join(devices)}"
-        )
-
-
 def _check_weight(trellis, suh, svh):
     """Raise `ValueError` where these are no quantized weight."""
     sizes = [(size * format.TILE,) for size in trellis.shape]
@@ -192,7 +182,7 @@ def _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
 
 @linear.register_fake
 def _(x, trellis, suh, svh, bias, codebook, out_features):
-    _check_devices(x, trellis, suh, svh, bias)
+    gpu.check_devices(x, trellis, suh, svh, bias)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -218,7 +208,7 @@ def linear_input_grad(
 
 @linear_input_grad.register_fake
 def _(grad, trellis, suh, svh, codebook, in_features):
-    _check_devices(grad, trellis, suh, svh)
+    gpu.check_devices(grad, trellis, suh, svh)
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
@@ -298,7 +288,7 @@ def grouped_linear(
 
 @grouped_linear.register_fake
 def _(x, bounds, trellis, suh, svh, bias, codebooks, out_features):
-    _check_devices(x, bounds, *trellis, *suh, *svh, *bias)
+    gpu.check_devices(x, bounds, *trellis, *suh, *svh, *bias)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -322,7 +312,7 @@ def grouped_linear_input_grad(
 
 @grouped_linear_input_grad.register_fake
 def _(grad, bounds, trellis, suh, svh, codebooks, in_features):
-    _check_devices(grad, bounds, *trellis, *suh, *svh)
+    gpu.check_devices(grad, bounds, *trellis, *suh, *svh)
     return grad.new_empty(grad.shape[0], in_features)
 
 
@@ -385,7 +375,7 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
 
 @dequantize.register_fake
 def _(trellis, suh, svh, codebook):
-    _check_devices(trellis, suh, svh)
+    gpu.check_devices(trellis, suh, svh)
     return torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
 
 
@@ -420,7 +410,7 @@ def embedding(ids: torch.Tensor, trellis: torch.Tensor, signs: torch.Tensor, emb
 
 @embedding.register_fake
 def _(ids, trellis, signs, embedding_dim):
-    _check_devices(ids, trellis, signs)
+    gpu.check_devices(ids, trellis, signs)
     return torch.empty(*ids.shape, embedding_dim, dtype=torch.float32, device=trellis.device)
 
 

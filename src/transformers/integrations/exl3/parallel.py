@@ -30,13 +30,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ...distributed.expert_parallel import EpDispatchExpertsParallel
 from ...distributed.parallel_utils import replace_layer_number_by_wildcard
 from ...distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel, TensorParallelLayer
 from . import format
-from .modules import Exl3Experts, Exl3Linear, Exl3Module
+from .modules import Exl3Experts, Exl3Linear, Exl3Module, whole
 
 
 # The dimensions in which the tensors of a layer are cut; what is not in there stays whole.
@@ -269,7 +269,7 @@ def gathered(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
     """
     state = {}
     for name, tensor in model.state_dict().items():
-        tensor = _whole(tensor)
+        tensor = whole(tensor)
         if is_main:
             state[name] = tensor.cpu()
     for path, module in model.named_modules():
@@ -281,13 +281,3 @@ def gathered(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
             for part in parts or ():
                 state |= part
     return state
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    # Communication libraries know no 16-bit integers, and Gloo no float16. The wider types hold the same values.
-    if tensor.element_size() == 2:
-        wide = torch.float32 if tensor.is_floating_point() else torch.int32
-        return tensor.to(wide).full_tensor().to(tensor.dtype)
-    return tensor.full_tensor()

@@ -38,8 +38,9 @@ if os.environ.get("OMP_PROC_BIND") is None:
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_PROC_BIND": "true"})
 
 import torch
+from peers.models import llama_config
 
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, logging
+from transformers import LlamaForCausalLM, Qwen3MoeConfig, logging
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.checkpoint import linear_tensors
 from transformers.integrations.exl3.kernels import cpu
@@ -157,15 +158,7 @@ def generated(model, tokens):
 
 
 def model_table(bits):
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        dtype=torch.bfloat16,
-    )
+    config = llama_config()
     models = {"bf16": LlamaForCausalLM(config).to(torch.bfloat16).eval()}
     models[f"K={bits}"] = quantized = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     for path, module in list(quantized.named_modules()):

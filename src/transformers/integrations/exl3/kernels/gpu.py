@@ -117,7 +117,7 @@ def linear(
 
     _check_dtype("activations", x.dtype)
     _check_codebook(codebook)
-    _check_devices(x, trellis, suh, svh, bias)
+    check_devices(x, trellis, suh, svh, bias)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     with on(x.device):
@@ -158,7 +158,7 @@ def grouped_linear(
     from .triton_target import on, target_of
 
     _check_dtype("activations", x.dtype)
-    _check_devices(x, bounds, *trellis, *suh, *svh, *bias)
+    check_devices(x, bounds, *trellis, *suh, *svh, *bias)
     if bounds.shape != (len(codebooks) + 1,):
         raise ValueError(
             f"{len(codebooks)} experts need {len(codebooks) + 1} bounds of their rows, not {list(bounds.shape)}"
@@ -195,7 +195,7 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
     from .triton_target import on, target_of
 
     _check_codebook(codebook)
-    _check_devices(weight, trellis, suh, svh)
+    check_devices(weight, trellis, suh, svh)
     with on(trellis.device):
         triton_dequantize(trellis, suh.contiguous(), svh.contiguous(), codebook, weight, target_of(trellis.device).ptx)
 
@@ -216,16 +216,7 @@ def has_search(device: torch.device) -> bool:
 
 def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "default") -> torch.Tensor:
     """
-    The same as `search.search_reference`, to the byte. The host waits for the device to tell which tiles saturated.
-
-    Args:
-        tiles (`torch.Tensor`): fp32 `[n, 256]`, in stream order and in units of the codebook's values, finite.
-        bits (`float`): Bits per weight, one of `format.BITS`.
-        codebook (`str`): One of `format.CODEBOOKS`.
-        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
-
-    Returns:
-        `torch.Tensor`: int32 `[n, 256]`.
+    The same as `search.search_reference`, to the byte, for finite tiles. The host waits for the device to tell which saturated.
 
     Raises:
         ValueError: For tiles of another dtype or shape or with values that are not finite, and for an unknown rate,
@@ -255,7 +246,8 @@ def _check_codebook(codebook):
         raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
 
 
-def _check_devices(*tensors):
+def check_devices(*tensors: torch.Tensor | None):
+    """Raise `ValueError` where tensors are on different devices. To PyTorch an operator with one on `meta` is one to be faked."""
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))

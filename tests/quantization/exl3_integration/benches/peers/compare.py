@@ -12,18 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-EXL3 beside the other methods that quantize without data and run on CPUs: error, speed, time, memory and size, from one run.
+EXL3 beside the other methods that quantize without data and run on CPUs: error, speed, time, memory and size.
 
     pip install -r tests/quantization/exl3_integration/benches/peers/requirements.txt
     python tests/quantization/exl3_integration/benches/peers/compare.py --out build/peers
 
-All go through `from_pretrained(..., quantization_config=...)`, each with the settings that its documentation recommends, and
-leave embeddings and head in bfloat16. GGUF's kinds are quantized by libgguf and measured dequantized, for error and size only.
-Each method runs in a process of its own. Speeds are medians of turns that alternate with the bf16 model in that process.
+All but two go through `from_pretrained(..., quantization_config=...)`, and leave embeddings and head in bfloat16. HQQ quantizes by
+its own package, and GGUF's kinds, by libgguf, are measured dequantized, for error and size only. Each method runs in a process
+of its own. Speeds are medians of turns that alternate with the bf16 model in that process. A later call with other methods adds
+to the results in the folder, if machine and versions are the same.
 
 What is measured, of the models of `models.py`:
 
-- `bits`: bits per quantized weight, of all tensors that the quantized layers keep, scales and zero points included;
+- `bits`: bits per quantized weight, of all tensors that the quantized layers keep, scales, zero points and biases included;
   `model_bits`: the same over the whole model.
 - `error`: the RMS of the error of all quantized weights over the RMS of these weights.
 - `perplexity`, `divergence` (KL, nats a token, from the model in float32), `agreement` (the share of tokens whose most likely
@@ -37,7 +38,6 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -311,9 +311,7 @@ def speeds(model, plain) -> dict:
 def machine() -> dict:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", file.read(), re.MULTILINE))
-    versions = {
-        name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(module_of(name))
-    }
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "cpu": fields.get("model name", platform.processor()),
         "family": f"{fields.get('cpu family')}/{fields.get('model')}",
@@ -321,10 +319,6 @@ def machine() -> dict:
         "isa": cpu.isa() if cpu.is_available() else None,
         "versions": versions,
     }
-
-
-def module_of(package):
-    return {"optimum-quanto": "optimum.quanto"}.get(package, package)
 
 
 def main():

@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The float models that the methods are compared on, made once in a folder each, and the texts that they are measured on.
+The float models that the methods are compared on, made once in a folder each and in bfloat16, and the texts that they are measured on.
 
 | model     | what it is                                                                      | weights come from           |
 |-----------|---------------------------------------------------------------------------------|-----------------------------|
-| `bible`   | a Llama of 12 M parameters, trained here on two translations of the Bible        | its training, in float32     |
+| `bible`   | a Llama of 12 M parameters, trained here on two translations of the Bible        | its training                 |
 | `gemma`   | Gemma 3 270M                                                                     | a GGUF file of 4 to 5 bits    |
-| `minilm`  | all-MiniLM-L6-v2, sentence embeddings                                            | the original, in float32     |
+| `minilm`  | all-MiniLM-L6-v2, sentence embeddings                                            | the original                 |
 | `llama`   | a Llama of 1.1 B parameters, random: for speed and memory only                   | chance                      |
 """
 
@@ -129,8 +129,9 @@ def make_minilm(folder: Path):
     AutoTokenizer.from_pretrained(packaged).save_pretrained(folder)
 
 
-def make_llama(folder: Path):
-    config = LlamaConfig(
+def llama_config() -> LlamaConfig:
+    """Of 1.1 B parameters."""
+    return LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=16,
@@ -139,8 +140,11 @@ def make_llama(folder: Path):
         vocab_size=32000,
         dtype=torch.bfloat16,
     )
+
+
+def make_llama(folder: Path):
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(llama_config()).to(torch.bfloat16).save_pretrained(folder)
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
