@@ -43,6 +43,7 @@ if is_torch_available():
 
 
 SHARD = 60_000  # bytes, of which a checkpoint here has several times as many
+SHARDS = 4  # into which it is divided then
 
 
 def load(folder, **kwargs):
@@ -95,7 +96,7 @@ def forked(work):
 
 def kill_at(moment, folder):
     """End this process at the change number `moment` of a file in `folder`, before it is made."""
-    changes = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+    changes = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
     left = moment
 
     def hook(event, arguments):
@@ -110,18 +111,23 @@ def kill_at(moment, folder):
 
 
 def write_old(kind, folder):
-    """What stands in the folder that is saved to: returns what it loads as, None for what is not EXL3."""
+    """
+    What stands in the folder that is saved to: returns what it loads as, None for nothing.
+
+    Args:
+        kind (`str` or `int`): `"float"`, `"nothing"`, or the number of files of an EXL3 checkpoint's weights.
+    """
     if kind == "float":
         tiny_model("llama")[0].save_pretrained(folder)
     elif kind != "nothing":
         checkpoint = checkpoint_of(2)
-        checkpoint.save(folder, checkpoint.tensors, shards=5 if kind == "sharded" else 1)
+        checkpoint.save(folder, checkpoint.tensors, shards=kind)
     return outputs(load(folder)) if kind != "nothing" else None
 
 
 def save_and_be_killed(cases):
     """
-    Save over a checkpoint, killed at every moment in turn: the old one loads, or the new one, or none.
+    Save over a checkpoint, killed at every moment in turn: the old one loads, or the new one.
 
     Args:
         cases (`list[tuple]`): What stands there, and the size of the shards that are saved.
@@ -133,11 +139,9 @@ def save_and_be_killed(cases):
         for kind, shard_size in cases:
             left, moments = left_by_kills(model, kind, shard_size)
             print(f"\n{kind} to {shard_size}: killed at {moments} moments, which leaves {', '.join(sorted(left))}")
-            # Several files are not replaced at once, and a new config has float weights beside it for a moment.
-            is_at_once = shard_size == "1GB" and kind not in ("float", "nothing")
-            assert left == {"old", "new", "none"} - ({"none"} if is_at_once else set()) - (
-                {"old"} if kind == "nothing" else set()
-            ), left
+            # A new config has float weights beside it for a moment.
+            expected = {"nothing": {"none", "new"}, "float": {"old", "none", "new"}}.get(kind, {"old", "new"})
+            assert left == expected, left
 
 
 def left_by_kills(model, kind, shard_size):
@@ -174,7 +178,7 @@ def left_by_kills(model, kind, shard_size):
 def save_with_a_full_disk():
     """Files may not grow beyond a size: an error, or where that cannot be caught the end, and the old checkpoint is whole."""
     with tempfile.TemporaryDirectory() as folder:
-        before = write_old("single", folder)
+        before = write_old(1, folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         model = load(folder)
         for size in (1000, 100_000):
@@ -237,12 +241,16 @@ def quantize(source, target, compiles):
 @unittest.skipUnless(sys.platform == "linux", "forks, and limits files and memory")
 class Exl3FaultsTest(unittest.TestCase):
     def test_a_save_that_is_killed_or_has_no_room_leaves_what_was_there(self):
-        in_a_process(self, (save_and_be_killed, [("single", "1GB")]), (save_with_a_full_disk,))
+        in_a_process(self, (save_and_be_killed, [(1, "1GB")]), (save_with_a_full_disk,))
+
+    def test_a_save_of_several_files_that_is_killed_leaves_what_was_there(self):
+        cases = [(1, SHARD), (5, "1GB"), (5, SHARD), (SHARDS, SHARD)]
+        in_a_process(self, (save_and_be_killed, cases))
 
     @slow
-    def test_a_save_of_another_form_that_is_killed_leaves_no_mixture(self):
-        cases = [("single", SHARD), ("sharded", "1GB"), ("sharded", 2 * SHARD), ("float", "1GB"), ("float", SHARD)]
-        in_a_process(self, (save_and_be_killed, [*cases, ("nothing", "1GB"), ("nothing", SHARD)]))
+    def test_a_save_over_another_kind_of_model_that_is_killed_leaves_no_mixture(self):
+        cases = [("float", "1GB"), ("float", SHARD), ("nothing", "1GB"), ("nothing", SHARD)]
+        in_a_process(self, (save_and_be_killed, cases))
 
     def test_a_save_replaces_the_weights_of_any_form(self):
         checkpoint = checkpoint_of(2)
@@ -250,13 +258,14 @@ class Exl3FaultsTest(unittest.TestCase):
             checkpoint.save(source, checkpoint.tensors)
             Path(folder, "tokenizer.json").write_text("{}", encoding="utf-8")
             model = load(source)
-            for size in ("1GB", SHARD, 2 * SHARD, "1GB", SHARD):
+            for size in ("1GB", SHARD, SHARD, 2 * SHARD, "1GB", SHARD):
                 model.save_pretrained(folder, max_shard_size=size)
                 self.assertEqual(read_tensors(folder).keys(), checkpoint.tensors.keys())
                 names = set(os.listdir(folder))
                 weights = {name for name in names if "safetensors" in name}
                 self.assertEqual(weights == {"model.safetensors"}, size == "1GB")
                 self.assertEqual("model.safetensors.index.json" in weights, size != "1GB")
+                self.assertEqual(len(weights) == 1 + SHARDS, size == SHARD)
                 others = {"config.json", "generation_config.json", "quantization_config.json", "tokenizer.json"}
                 self.assertEqual(names - weights, others)
                 self.assertTrue(torch.equal(outputs(load(folder)), outputs(model)))

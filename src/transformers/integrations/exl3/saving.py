@@ -27,6 +27,7 @@ from .checkpoint import read_checkpoint, read_header
 
 
 UNFINISHED = ".unfinished"  # where files are written first, in the folder that they are for
+ASIDE = ".replaced"  # in the names of old files while new ones take their places
 
 
 def tensor_storage(files: list[str]) -> dict[str, dict]:
@@ -110,19 +111,37 @@ def _move(source: str, folder: str | os.PathLike, variant: str | None):
     """
     Move the files of `source` to `folder`, and remove the weights there that they replace.
 
-    At no moment does `folder` hold a mixture that loads: what weights are found by, their one file or the index of
-    several, comes last, and where several files replace others, these lose theirs first.
+    At each moment the weights that `folder` loads are all old or all new: what they are found by, their one file, or
+    without it the index of several, is replaced or removed in one step, when all that the new one needs is there.
     """
     new = os.listdir(source)
     whole, index = entries = [_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    shard = re.compile(re.escape(whole.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors")
+    shard = re.compile(re.escape(whole.removesuffix(".safetensors")) + rf"-\d{{5}}-of-\d{{5}}({ASIDE})?\.safetensors")
     old = {name for name in os.listdir(folder) if name in entries or shard.fullmatch(name)}
-    if index in new:
-        for name in old.intersection(entries):
-            os.remove(os.path.join(folder, name))
-        old.difference_update(entries)
+    if index in old and index in new:
+        old.update(_set_aside(old.intersection(new) - {*entries}, source, folder, index))
     for name in sorted(new, key=entries.__contains__):
         os.replace(os.path.join(source, name), os.path.join(folder, name))
     if whole in new or index in new:  # and not the weights of an adapter
-        for name in old.difference(new):
+        for name in sorted(old.difference(new), key=lambda name: name != whole):
             os.remove(os.path.join(folder, name))
+
+
+def _set_aside(shards: set[str], source: str, folder: str | os.PathLike, index: str) -> list[str]:
+    """Give `shards` in `folder` second names, and have its index use these, which are returned; `source` is for scratch."""
+    with open(os.path.join(folder, index), "rb") as file:
+        content = file.read()
+    aside = {name: name.replace(".safetensors", f"{ASIDE}.safetensors") for name in shards}
+    for name, other in aside.items():
+        link = os.path.join(source, other)
+        try:
+            os.link(os.path.join(folder, name), link)
+        except OSError:  # a file system without links
+            shutil.copyfile(os.path.join(folder, name), link)
+        os.replace(link, os.path.join(folder, other))
+        content = content.replace(f'"{name}"'.encode(), f'"{other}"'.encode())
+    rewritten = os.path.join(source, index + ASIDE)
+    with open(rewritten, "wb") as file:
+        file.write(content)
+    os.replace(rewritten, os.path.join(folder, index))
+    return list(aside.values())
