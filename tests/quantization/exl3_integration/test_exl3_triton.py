@@ -42,6 +42,7 @@ from .triton_cases import (
     random_trellis,
     relative_error,
     require_interpreter,
+    require_interpreter_that_runs,
     require_triton,
     search_case,
     triton,
@@ -61,6 +62,7 @@ if triton:
 
 
 @require_triton
+@require_interpreter_that_runs
 class Exl3TritonProcessTest(unittest.TestCase):
     @unittest.skipIf(INTERPRETED, "this is that process")
     def test_kernels_under_the_interpreter(self):

@@ -16,7 +16,9 @@
 import os
 import unittest
 
+import numpy
 import torch
+from packaging.version import parse
 
 from transformers.integrations.exl3 import format, search
 from transformers.integrations.exl3.hadamard import hadamard
@@ -37,6 +39,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 require_triton = unittest.skipUnless(triton, "needs Triton")
+require_interpreter_that_runs = unittest.skipIf(
+    triton and parse(triton.__version__) < parse("3.7") and parse(numpy.__version__) >= parse("2.4"),
+    "Triton 3.6 does not interpret with NumPy 2.4 and newer, which make no int of an array of one element",
+)
 require_interpreter = unittest.skipUnless(triton and INTERPRETED, "needs Triton's interpreter, TRITON_INTERPRET=1")
 require_compiler = unittest.skipIf(triton is None or INTERPRETED, "needs Triton's compiler")
 
