@@ -116,7 +116,7 @@ def _move(source: str, folder: str | os.PathLike, variant: str | None):
     """
     new = os.listdir(source)
     whole, index = entries = [_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    shard = re.compile(re.escape(whole.removesuffix(".safetensors")) + rf"-\d{{5}}-of-\d{{5}}({ASIDE})?\.safetensors")
+    shard = re.compile(rf"{re.escape(whole.removesuffix('.safetensors'))}-\d{{5}}-of-\d{{5}}(\{ASIDE})?\.safetensors")
     old = {name for name in os.listdir(folder) if name in entries or shard.fullmatch(name)}
     if index in old and index in new:
         old.update(_set_aside(old.intersection(new) - {*entries}, source, folder, index))

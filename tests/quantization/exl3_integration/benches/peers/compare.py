@@ -12,20 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-EXL3 beside the other methods that quantize without data and run on CPUs: error, speed, time, memory and size.
+EXL3 beside other methods that run on CPUs: error, speed, time, memory and size.
 
     pip install -r tests/quantization/exl3_integration/benches/peers/requirements.txt
     python tests/quantization/exl3_integration/benches/peers/compare.py --out build/peers
 
-All but two go through `from_pretrained(..., quantization_config=...)`, and leave embeddings and head in bfloat16. HQQ quantizes by
-its own package, and GGUF's kinds, by libgguf, are measured dequantized, for error and size only. Each method runs in a process
-of its own. Speeds are medians of turns that alternate with the bf16 model in that process. A later call with other methods adds
-to the results in the folder, if machine and versions are the same.
+All quantize the linear layers of the decoder and leave embeddings and head in bfloat16. Those of `from_pretrained(...,
+quantization_config=...)` go through it; HQQ, GGUF's kinds (llama.cpp runs them), GPTQ and AWQ, which alone need data, through
+packages of their own. Each method runs in a process of its own. Speeds are medians of turns that alternate with the bf16 model in
+that process. A later call with other methods adds to the results in the folder, if machine and versions are the same.
 
 What is measured, of the models of `models.py`:
 
-- `bits`: bits per quantized weight, of all tensors that the quantized layers keep, scales, zero points and biases included;
-  `model_bits`: the same over the whole model.
+- `bits`: bits per quantized weight, of all tensors that the quantized layers keep, scales, zero points and biases included
+  (of GGUF, GPTQ and AWQ in their files); `disk_mb` has embeddings and head too.
 - `error`: the RMS of the error of all quantized weights over the RMS of these weights.
 - `perplexity`, `divergence` (KL, nats a token, from the model in float32), `agreement` (the share of tokens whose most likely
   successor is the float32 model's); `similarity`: mean cosine of sentence embeddings with the float32 model's.
@@ -59,13 +59,15 @@ from transformers.integrations.exl3.kernels import cpu
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import gguf_kinds  # noqa: E402
+import gguf_peer  # noqa: E402
+import gptq_peer  # noqa: E402
 import models  # noqa: E402
 import report  # noqa: E402
 
 
 PROMPT, NEW_TOKENS, PREFILL = 16, 16, 512
-TURNS = 3
+TURNS = 3  # after one to warm up
+PATIENCE = 60  # seconds after which no more turns begin
 CHUNK = 64  # positions whose probabilities, over the whole vocabulary, are held at a time
 
 
@@ -120,12 +122,16 @@ def hqq(bits):
 
 
 def gguf(kind):
-    """Rounded to a kind of GGUF and kept as floats."""
-
     def load(auto, folder):
         model = plain(auto, folder)
-        model.gguf_bits = gguf_kinds.round_to(model, linears(model), kind)
-        return model
+        return gguf_peer.LlamaCpp(model, linears(model), kind, PREFILL)
+
+    return load
+
+
+def calibrated(method, bits):
+    def load(auto, folder):
+        return gptq_peer.quantize(folder, linears(plain(auto, folder)), method, bits, models.calibration(folder))
 
     return load
 
@@ -137,13 +143,17 @@ METHODS: dict[str, Callable] = {
     "bitsandbytes nf4, double": configured(lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True)),
     "bitsandbytes int8": configured(lambda: _bitsandbytes(load_in_8bit=True)),
     **{f"HQQ {bits}": hqq(bits) for bits in (2, 3, 4)},
-    **{f"quanto {weights}": configured(functools.partial(_quanto, weights)) for weights in ("int2", "int4", "int8")},
+    **{f"quanto {weights}": configured(functools.partial(_quanto, weights)) for weights in ("int4", "int8")},
     **{f"torchao int{bits}": configured(functools.partial(_torchao, bits)) for bits in (4, 8)},
-    **{f"GGUF {kind}": gguf(kind) for kind in gguf_kinds.KINDS},
+    **{f"GGUF {kind}": gguf(kind) for kind in gguf_peer.KINDS},
+    **{f"GPTQ {bits}": calibrated("GPTQ", bits) for bits in (2, 3, 4)},
+    "AWQ 4": calibrated("AWQ", 4),
 }
-SPEEDS_LIKE_OTHERS = ("EXL3 2.5", "EXL3 3.5", "EXL3 5", "HQQ 2", "HQQ 3", "quanto int2", "bitsandbytes nf4, double")
+SPEEDS_LIKE_OTHERS = ("EXL3 2.5", "EXL3 3.5", "EXL3 5", "HQQ 2", "HQQ 3", "bitsandbytes nf4, double")
+SPEEDS_LIKE_OTHERS += ("GGUF IQ3_S", "GGUF Q5_K", "GGUF Q6_K", "GPTQ 2", "GPTQ 3", "GPTQ 4", "AWQ 4")
 STATES = ("bitsandbytes", "hqq", "optimum", "torchao")  # packages whose objects in a layer hold tensors
 PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao", "libgguf")
+PACKAGES += ("llama-cpp-python", "gptqmodel")
 
 
 def tensors_of(*roots) -> list[torch.Tensor]:
@@ -200,11 +210,12 @@ def measure(name: str, method: str, work: Path) -> dict:
     row["peak_mib"] = (peak_memory() - before) / 2**20
     if method == "bf16" or hasattr(model, "hf_quantizer"):
         row |= stored(name, model)
+    row |= getattr(model, "facts", {})  # what its maker measured itself
     if name == "llama":
         row |= speeds(model, plain(auto_class(name), folder).eval())
     else:
         reference = auto_class(name).from_pretrained(folder, dtype=torch.float32).eval()
-        row |= errors(model, reference)
+        row = errors(model, reference) | row
         row |= similarity(model, reference, folder) if name == "minilm" else predictions(model, reference, folder)
     return row
 
@@ -234,18 +245,19 @@ def errors(model, reference) -> dict:
     size = weights = 0
     error = energy = torch.zeros(())
     for name in linears(reference):
-        layer, plain = model.get_submodule(name), reference.get_submodule(name)
-        identity = torch.eye(plain.in_features, dtype=torch.bfloat16)
-        bias = 0 if plain.bias is None else plain.bias
-        found = (layer(identity).float() - bias).T
+        plain = reference.get_submodule(name)
+        if isinstance(model, gguf_peer.LlamaCpp):
+            found, layer_size = model.layer(name)
+        else:
+            layer = model.get_submodule(name)
+            identity = torch.eye(plain.in_features, dtype=torch.bfloat16)
+            found = (layer(identity).float() - (0 if plain.bias is None else plain.bias)).T
+            layer_size = nbytes(layer)
         error = error + (found - plain.weight).square().sum()
         energy = energy + plain.weight.square().sum()
-        size += nbytes(layer)
+        size += layer_size
         weights += plain.weight.numel()
-    found = {"error": float((error / energy).sqrt())}
-    if hasattr(model, "gguf_bits"):
-        return found | {"bits": model.gguf_bits}
-    return found | {"bits": 8 * size / weights, "model_bits": 8 * nbytes(model) / reference.num_parameters()}
+    return {"error": float((error / energy).sqrt()), "bits": 8 * size / weights}
 
 
 @torch.inference_mode()
@@ -300,10 +312,13 @@ def speeds(model, plain) -> dict:
     row = {}
     for name, call in measures.items():
         times = {candidate: [] for candidate in (model, plain)}
+        start = time.perf_counter()
         for turn in range(TURNS + 1):
             for candidate, some in times.items():
                 some.append(call(candidate))
-        own, other = (statistics.median(some[1:]) for some in times.values())
+            if time.perf_counter() - start > PATIENCE:
+                break
+        own, other = (statistics.median(some[1:] or some) for some in times.values())
         row |= {name: own, f"{name}_over_bf16": own / other}
     return row
 
@@ -356,10 +371,14 @@ def keep(row: dict, file: Path):
 
 
 def skipped(name: str, method: str) -> bool:
-    """GGUF's kinds are only measured where the weights were not made of them and rows are of `256 n`, and for error only."""
+    """What a method cannot do, or what is no news: `llama` is for speeds, and that of GPTQ and AWQ is PyTorch's int4."""
+    family = method.split()[0]
     if name == "llama":
-        return method.startswith("GGUF") or method in SPEEDS_LIKE_OTHERS
-    return method.startswith("GGUF") and name != "bible"
+        return method in SPEEDS_LIKE_OTHERS
+    if name == "bible":
+        return False
+    # The weights of `gemma` were made by kinds of GGUF, and no rows of either are of `256 n`; the others want a decoder.
+    return family == "GGUF" or (name == "minilm" and family in ("GPTQ", "AWQ"))
 
 
 def in_process(name: str, method: str, out: Path) -> dict:

@@ -47,10 +47,11 @@ from transformers import (
 HELD_OUT = 0.05  # of the end of each translation: not trained on
 WINDOW = 512  # tokens that a model sees at a time
 TOKENS = 4096  # to measure on
+CALIBRATION = 32 * 1024  # tokens, for methods that need some
 
 # Training of `bible`: about half of its text.
-VOCABULARY = 4096
-BATCH, STEPS, WARMUP, RATE = 8, 300, 30, 2e-3
+VOCABULARY, PAD = 4096, "<pad>"
+BATCH, STEPS, WARMUP, RATE = 8, 600, 50, 2e-3
 
 
 def translation(name: str) -> str:
@@ -73,7 +74,8 @@ def make_bible(folder: Path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=[PAD])
+    tokenizer.train_from_iterator(texts, trainer)
     ids = torch.cat([torch.tensor(tokenizer.encode(text).ids) for text in texts])
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -107,7 +109,7 @@ def make_bible(folder: Path):
         if step % 20 == 0 or step == STEPS - 1:
             print(f"  step {step}: loss {loss:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     model.eval().to(torch.bfloat16).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD).save_pretrained(folder)
 
 
 def make_gemma(folder: Path):
@@ -166,13 +168,23 @@ def checkpoint(name: str, work: Path) -> Path:
     return folder
 
 
-def windows(folder: Path) -> list[torch.Tensor]:
-    """Tokens of text that `bible` was not trained on, in windows `[1, WINDOW]` that begin as the tokenizer begins a text."""
+def _windows(folder: Path, text: str, count: int) -> list[torch.Tensor]:
+    """The first `count` tokens of `text` in windows `[1, WINDOW]` that begin as the tokenizer begins a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(_split(translation("web"))[1], add_special_tokens=False, return_tensors="pt").input_ids[0, :TOKENS]
+    ids = tokenizer(text[: 16 * count], add_special_tokens=False, return_tensors="pt").input_ids[0, :count]
     first = tokenizer("").input_ids[:1]
     start = torch.tensor(first if first and first == [tokenizer.bos_token_id] else [], dtype=ids.dtype)
     return [torch.cat([start, piece])[None] for piece in ids.split(WINDOW - len(start)) if len(piece) > 1]
+
+
+def windows(folder: Path) -> list[torch.Tensor]:
+    """What is measured on: text that `bible` was not trained on."""
+    return _windows(folder, _split(translation("web"))[1], TOKENS)
+
+
+def calibration(folder: Path) -> list[torch.Tensor]:
+    """Text from before that."""
+    return _windows(folder, _split(translation("web"))[0], CALIBRATION)
 
 
 def sentences(count: int = 256) -> list[str]:

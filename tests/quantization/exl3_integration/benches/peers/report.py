@@ -17,7 +17,16 @@ import json
 from pathlib import Path
 
 
-FAMILIES = {"EXL3": "o", "bitsandbytes": "s", "HQQ": "^", "quanto": "v", "torchao": "D", "GGUF": "P"}
+FAMILIES = {
+    "EXL3": "o",
+    "bitsandbytes": "s",
+    "HQQ": "^",
+    "quanto": "v",
+    "torchao": "D",
+    "GGUF": "P",
+    "GPTQ": "X",
+    "AWQ": "*",
+}
 TABLES = {
     "bible": ("bits", "error", "perplexity", "divergence", "agreement", "quantize_s", "disk_mb"),
     "gemma": ("bits", "error", "perplexity", "divergence", "agreement", "quantize_s", "peak_mib", "disk_mb", "load_s"),
@@ -25,10 +34,13 @@ TABLES = {
     "llama": ("tokens_s", "tokens_s_over_bf16", "tokens_s_8_over_bf16", "prefill_s_over_bf16")
     + ("quantize_s", "load_s", "peak_mib", "disk_mb"),
 }
+MODELS = {"bible": "Llama of 12 M", "gemma": "Gemma 3 270M", "minilm": "all-MiniLM-L6-v2", "llama": "Llama of 1.1 B"}
 PLOTS = {
-    "divergence": ("KL divergence from the float model, nats a token", ("bible", "gemma")),
-    "error": ("RMS of the error of the weights over their RMS", ("bible", "gemma", "minilm")),
+    "perplexity": ("perplexity", ("bible", "gemma")),
+    "divergence": ("KL divergence, nats a token", ("bible", "gemma")),
+    "error": ("relative error of the weights", ("bible", "gemma", "minilm")),
 }
+SHOWN = 1000  # how many times the least value of a plot its greatest is, at most: what is beyond is noise
 
 
 def _text(value):
@@ -60,36 +72,51 @@ def plots(results: dict, folder: Path):
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "exl3", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "exl3",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
     rows = {name: some["rows"] for name, some in results.items()}
     for measure, (label, models) in PLOTS.items():
         panels = {name: rows[name] for name in models if name in rows}
         if panels:
-            _plot(panels, measure, label, "log", folder / f"{measure}.svg")
+            _plot(panels, measure, label, folder / f"{measure}.svg")
     if "llama" in rows:
-        bits = {row["method"]: row.get("bits") for name in ("bible", "gemma") for row in rows.get(name, [])}
-        panels = {"llama": [row | {"bits": bits.get(row["method"])} for row in rows["llama"]]}
-        _plot(panels, "tokens_s_over_bf16", "tokens a second over bf16", "linear", folder / "speed.svg")
+        bits = {row["method"]: row.get("bits") for name in ("gemma", "bible") for row in rows.get(name, [])}
+        some = [row | {"bits": bits.get(row["method"])} for row in rows["llama"]]
+        _plot({"llama": some}, "tokens_s_over_bf16", "tokens a second over bf16", folder / "speed.svg")
 
 
-def _plot(panels, measure, label, scale, file):
+def _plot(panels, measure, label, file):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(1.2 + 3.8 * len(panels), 3.4), squeeze=False, layout="constrained"
     )
     for axis, (name, rows) in zip(axes[0], panels.items()):
+        quantized = [row for row in rows if row.get(measure) and 0 < (row.get("bits") or 0) < 10]
         for family, marker in FAMILIES.items():
-            points = sorted(
-                (row["bits"], row[measure])
-                for row in rows
-                if row["method"].startswith(family) and row.get("bits") and row.get(measure)
+            some = sorted(
+                (row for row in quantized if row["method"].split()[0] == family), key=lambda row: row["bits"]
             )
-            if points:
-                axis.plot(*zip(*points), marker=marker, label=family, linewidth=1.8 if family == "EXL3" else 0.8)
-        axis.set(title=name, xlabel="bits per quantized weight", yscale=scale)
+            points = [[row[key] for row in some] for key in ("bits", measure)]
+            style = {"linewidth": 1.5, "zorder": 3} if family == "EXL3" else {"linewidth": 0}
+            label_of = f"{family}, with data" if family in ("GPTQ", "AWQ") else family
+            axis.plot(*points, marker=marker, markersize=5, label=label_of, **style)
+        values = [row[measure] for row in quantized] or [1.0]
+        if max(values) > 5 * min(values):
+            axis.set_yscale("log")
+        if max(values) > SHOWN * min(values):
+            axis.set_ylim(top=SHOWN * min(values))
+        float_value = next((row.get(measure) for row in rows if row["method"] == "bf16"), None)
+        if float_value and measure in ("perplexity", "tokens_s_over_bf16"):
+            axis.axhline(float_value, color="black", linewidth=0.8, linestyle="--", label="bf16")
+        axis.set(title=MODELS[name], xlabel="bits per quantized weight")
     axes[0][0].set_ylabel(label)
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 

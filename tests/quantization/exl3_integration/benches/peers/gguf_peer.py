@@ -1,0 +1,158 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The quantization kinds of GGUF: pure ones, without an importance matrix, made by libgguf and run by llama.cpp, which pip builds for the
+processor that it is installed on.
+"""
+
+import ctypes
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import libgguf
+import llama_cpp
+import numpy as np
+import torch
+
+from transformers import LlamaForCausalLM
+
+
+KINDS = ("Q2_K", "Q3_K", "IQ3_S", "Q4_0", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+SEQUENCES = 8  # that the cache has room for
+
+
+class LlamaCpp:
+    """
+    A Llama of Transformers, its linear layers `names` rounded to `kind`, in llama.cpp. Rows are of `256 n` weights. It takes the calls
+    that the comparison makes to a model.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, names: list[str], kind: str, window: int):
+        self.config, self.kind, self.window = model.config, libgguf.GGMLQuantizationType[kind], window
+        self._folder = tempfile.TemporaryDirectory()
+        self._file = Path(self._folder.name, "model.gguf")
+        self._write(model, {f"{name}.weight" for name in names})
+        start = time.perf_counter()
+        self._open()
+        self.facts = {"disk_mb": self._file.stat().st_size / 1e6, "load_s": time.perf_counter() - start}
+
+    def _names(self):
+        return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers)
+
+    def _heads(self, name: str) -> int | None:
+        """The number of heads whose rows llama.cpp wants in another order: pairs that rotate together are neighbours there."""
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        return heads.get(name.split(".")[-2])
+
+    def _write(self, model, quantized: set[str]):
+        config = self.config
+        writer = gguf.GGUFWriter(self._file, "llama")
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_tokenizer_model("none")
+        names = self._names()
+        for name, tensor in model.state_dict().items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            values = tensor.float().numpy()
+            if heads := self._heads(name):
+                values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+            kind = (
+                self.kind if name in quantized else libgguf.GGMLQuantizationType["BF16" if values.ndim > 1 else "F32"]
+            )
+            rows = libgguf.quantize_rows(np.ascontiguousarray(values), kind)
+            writer.add_tensor(
+                names.get_name(name, try_suffixes=(".weight",)),
+                rows if values.ndim > 1 else values,
+                raw_dtype=gguf.GGMLQuantizationType[kind.name],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def _open(self):
+        llama_cpp.llama_log_set(_silent, None)
+        self._model = llama_cpp.llama_model_load_from_file(bytes(self._file), llama_cpp.llama_model_default_params())
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = self.window * SEQUENCES, SEQUENCES
+        options.n_batch = options.n_ubatch = self.window
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp does not open {self._file}")
+
+    def eval(self):
+        return self
+
+    def layer(self, name: str) -> tuple[torch.Tensor, int]:
+        """The weight of a layer, float32 `[out, in]`, and its size in bytes."""
+        found = {tensor.name: tensor for tensor in gguf.GGUFReader(self._file).tensors}
+        tensor = found[self._names().get_name(f"{name}.weight", try_suffixes=(".weight",))]
+        values = libgguf.dequantize_rows(np.ascontiguousarray(tensor.data), self.kind)
+        if heads := self._heads(f"{name}.weight"):
+            values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        return torch.from_numpy(np.ascontiguousarray(values)), tensor.data.nbytes
+
+    def _decode(self, ids: torch.Tensor, start: int, all_positions: bool) -> torch.Tensor:
+        """Logits `[sequences, positions, vocabulary]` of `ids` `[sequences, positions]` at `start` and after."""
+        sequences, positions = ids.shape
+        batch = llama_cpp.llama_batch_init(ids.numel(), 0, 1)
+        batch.n_tokens = ids.numel()
+        wanted = []
+        for index in range(ids.numel()):
+            sequence, position = divmod(index, positions)
+            batch.token[index] = int(ids[sequence, position])
+            batch.pos[index] = start + position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = sequence
+            batch.logits[index] = all_positions or position == positions - 1
+            if batch.logits[index]:
+                wanted.append(index)
+        code = llama_cpp.llama_decode(self._context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode: {code}")
+        vocabulary = self.config.vocab_size
+        logits = llama_cpp.llama_get_logits(self._context)
+        values = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (len(wanted), vocabulary))
+        return torch.from_numpy(values.copy()).view(sequences, -1, vocabulary)
+
+    def __call__(self, ids: torch.Tensor, logits_to_keep: int = 0):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        return SimpleNamespace(logits=self._decode(ids, 0, all_positions=logits_to_keep == 0))
+
+    def generate(self, ids: torch.Tensor, max_new_tokens: int, **_) -> torch.Tensor:
+        """`max_new_tokens` tokens more for each text of `ids` `[texts, tokens]`, the most likely ones."""
+        logits = self(ids, logits_to_keep=1).logits
+        for _ in range(max_new_tokens - 1):
+            ids = torch.cat([ids, logits.argmax(-1)], 1)
+            logits = self._decode(ids[:, -1:], ids.shape[1] - 1, all_positions=False)
+        return torch.cat([ids, logits.argmax(-1)], 1)
+
+
+@llama_cpp.llama_log_callback
+def _silent(*_):
+    pass
