@@ -128,10 +128,14 @@ def _move(source: str, folder: str | os.PathLike, variant: str | None):
 
 
 def _set_aside(shards: set[str], source: str, folder: str | os.PathLike, index: str) -> list[str]:
-    """Give `shards` in `folder` second names, and have its index use these, which are returned; `source` is for scratch."""
+    """
+    Give those of `shards` in `folder` that its index uses second names, and have it use these, which are returned. It uses
+    such names already where a save was killed: then its files have nothing to fear. `source` is for scratch.
+    """
     with open(os.path.join(folder, index), "rb") as file:
         content = file.read()
-    aside = {name: name.replace(".safetensors", f"{ASIDE}.safetensors") for name in shards}
+    used = [name for name in shards if f'"{name}"'.encode() in content]
+    aside = {name: name.replace(".safetensors", f"{ASIDE}.safetensors") for name in used}
     for name, other in aside.items():
         link = os.path.join(source, other)
         try:
