@@ -60,7 +60,7 @@ from transformers.integrations.exl3.kernels import cpu
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gguf_peer  # noqa: E402
-import gptq_peer  # noqa: E402
+import gptqmodel_peer  # noqa: E402
 import models  # noqa: E402
 import report  # noqa: E402
 
@@ -131,7 +131,7 @@ def gguf(kind):
 
 def calibrated(method, bits):
     def load(auto, folder):
-        return gptq_peer.quantize(folder, linears(plain(auto, folder)), method, bits, models.calibration(folder))
+        return gptqmodel_peer.quantize(folder, linears(plain(auto, folder)), method, bits, models.calibration(folder))
 
     return load
 
@@ -149,11 +149,15 @@ METHODS: dict[str, Callable] = {
     **{f"GPTQ {bits}": calibrated("GPTQ", bits) for bits in (2, 3, 4)},
     "AWQ 4": calibrated("AWQ", 4),
 }
-SPEEDS_LIKE_OTHERS = ("EXL3 2.5", "EXL3 3.5", "EXL3 5", "HQQ 2", "HQQ 3", "bitsandbytes nf4, double")
-SPEEDS_LIKE_OTHERS += ("GGUF IQ3_S", "GGUF Q5_K", "GGUF Q6_K", "GPTQ 2", "GPTQ 3", "GPTQ 4", "AWQ 4")
+SPEEDS_LIKE_OTHERS = (
+    *("EXL3 2.5", "EXL3 3.5", "EXL3 5", "HQQ 2", "HQQ 3", "bitsandbytes nf4, double"),
+    *("GGUF IQ3_S", "GGUF Q5_K", "GGUF Q6_K", "GPTQ 2", "GPTQ 3", "GPTQ 4", "AWQ 4"),
+)
 STATES = ("bitsandbytes", "hqq", "optimum", "torchao")  # packages whose objects in a layer hold tensors
-PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao", "libgguf")
-PACKAGES += ("llama-cpp-python", "gptqmodel")
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao"),
+    *("libgguf", "llama-cpp-python", "gptqmodel"),
+)
 
 
 def tensors_of(*roots) -> list[torch.Tensor]:
@@ -210,14 +214,14 @@ def measure(name: str, method: str, work: Path) -> dict:
     row["peak_mib"] = (peak_memory() - before) / 2**20
     if method == "bf16" or hasattr(model, "hf_quantizer"):
         row |= stored(name, model)
-    row |= getattr(model, "facts", {})  # what its maker measured itself
+    facts = getattr(model, "facts", {})  # what its maker knows better
     if name == "llama":
         row |= speeds(model, plain(auto_class(name), folder).eval())
     else:
         reference = auto_class(name).from_pretrained(folder, dtype=torch.float32).eval()
-        row = errors(model, reference) | row
+        row |= errors(model, reference)
         row |= similarity(model, reference, folder) if name == "minilm" else predictions(model, reference, folder)
-    return row
+    return row | facts
 
 
 def peak_memory() -> int:
@@ -245,17 +249,12 @@ def errors(model, reference) -> dict:
     size = weights = 0
     error = energy = torch.zeros(())
     for name in linears(reference):
-        plain = reference.get_submodule(name)
-        if isinstance(model, gguf_peer.LlamaCpp):
-            found, layer_size = model.layer(name)
-        else:
-            layer = model.get_submodule(name)
-            identity = torch.eye(plain.in_features, dtype=torch.bfloat16)
-            found = (layer(identity).float() - (0 if plain.bias is None else plain.bias)).T
-            layer_size = nbytes(layer)
+        layer, plain = model.get_submodule(name), reference.get_submodule(name)
+        identity = torch.eye(plain.in_features, dtype=torch.bfloat16)
+        found = (layer(identity).float() - (0 if plain.bias is None else plain.bias)).T
         error = error + (found - plain.weight).square().sum()
         energy = energy + plain.weight.square().sum()
-        size += layer_size
+        size += nbytes(layer)
         weights += plain.weight.numel()
     return {"error": float((error / energy).sqrt()), "bits": 8 * size / weights}
 
@@ -377,7 +376,7 @@ def skipped(name: str, method: str) -> bool:
         return method in SPEEDS_LIKE_OTHERS
     if name == "bible":
         return False
-    # The weights of `gemma` were made by kinds of GGUF, and no rows of either are of `256 n`; the others want a decoder.
+    # The weights of `gemma` were made by kinds of GGUF, and not all rows of either are of `256 n`; the others want a decoder.
     return family == "GGUF" or (name == "minilm" and family in ("GPTQ", "AWQ"))
 
 

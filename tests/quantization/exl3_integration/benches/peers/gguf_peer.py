@@ -48,7 +48,9 @@ class LlamaCpp:
         self._write(model, {f"{name}.weight" for name in names})
         start = time.perf_counter()
         self._open()
-        self.facts = {"disk_mb": self._file.stat().st_size / 1e6, "load_s": time.perf_counter() - start}
+        self.facts = {"load_s": time.perf_counter() - start, "disk_mb": self._file.stat().st_size / 1e6}
+        weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        self.facts["bits"] = 8 * size / weights
 
     def _names(self):
         return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers)
@@ -107,14 +109,16 @@ class LlamaCpp:
     def eval(self):
         return self
 
-    def layer(self, name: str) -> tuple[torch.Tensor, int]:
-        """The weight of a layer, float32 `[out, in]`, and its size in bytes."""
+    def get_submodule(self, name: str) -> torch.nn.Linear:
+        """A linear layer with the weight that the file holds, in bfloat16."""
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(self._file).tensors}
         tensor = found[self._names().get_name(f"{name}.weight", try_suffixes=(".weight",))]
         values = libgguf.dequantize_rows(np.ascontiguousarray(tensor.data), self.kind)
         if heads := self._heads(f"{name}.weight"):
             values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        return torch.from_numpy(np.ascontiguousarray(values)), tensor.data.nbytes
+        layer = torch.nn.Linear(values.shape[1], values.shape[0], bias=False, dtype=torch.bfloat16)
+        layer.weight.data.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        return layer
 
     def _decode(self, ids: torch.Tensor, start: int, all_positions: bool) -> torch.Tensor:
         """Logits `[sequences, positions, vocabulary]` of `ids` `[sequences, positions]` at `start` and after."""
