@@ -20,7 +20,8 @@ EXL3 beside other methods that run on CPUs: error, speed, time, memory and size.
 All quantize the linear layers of the decoder and leave embeddings and head in bfloat16. Those of `from_pretrained(...,
 quantization_config=...)` go through it; HQQ, GGUF's kinds (llama.cpp runs them), GPTQ and AWQ, which alone need data, through
 packages of their own. Each method runs in a process of its own. Speeds are medians of turns that alternate with the bf16 model in
-that process. A later call with other methods adds to the results in the folder, if machine and versions are the same.
+that process; `--turns` times several methods in turns in one process. A later call with other methods adds to the results in the
+folder, if machine and versions are the same.
 
 What is measured, of the models of `models.py`:
 
@@ -199,24 +200,29 @@ def linears(reference) -> list[str]:
     ]
 
 
+def load(name: str, method: str, folder: Path):
+    # A model of random weights only has to have some code.
+    any_code = mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF)
+    with any_code if name == "llama" else contextlib.nullcontext():
+        return METHODS[method](auto_class(name), folder).eval()
+
+
 def measure(name: str, method: str, work: Path) -> dict:
     """One row of the table."""
     folder = models.checkpoint(name, work)
     row = {"model": name, "method": method}
-    is_searched = name != "llama"  # a model of random weights only has to have some code
-    any_code = mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF)
     before = peak_memory()
     start = time.perf_counter()
-    with contextlib.nullcontext() if is_searched else any_code:
-        model = METHODS[method](auto_class(name), folder).eval()
-    if is_searched or not method.startswith("EXL3"):
+    model = load(name, method, folder)
+    if name != "llama" or not method.startswith("EXL3"):
         row["quantize_s"] = time.perf_counter() - start
     row["peak_mib"] = (peak_memory() - before) / 2**20
     if method == "bf16" or hasattr(model, "hf_quantizer"):
         row |= stored(name, model)
     facts = getattr(model, "facts", {})  # what its maker knows better
     if name == "llama":
-        row |= speeds(model, plain(auto_class(name), folder).eval())
+        own, bf16 = speeds([model, load(name, "bf16", folder)])
+        row |= own | {f"{measure}_over_bf16": own[measure] / bf16[measure] for measure in own}
     else:
         reference = auto_class(name).from_pretrained(folder, dtype=torch.float32).eval()
         row |= errors(model, reference)
@@ -287,8 +293,8 @@ def similarity(model, reference, folder) -> dict:
 
 
 @torch.inference_mode()
-def speeds(model, plain) -> dict:
-    """Tokens a second, and over those of the bf16 model `plain`."""
+def speeds(candidates: list) -> list[dict]:
+    """Tokens a second of models that take turns."""
 
     def generating(candidate, texts):
         ids = torch.arange(PROMPT).repeat(texts, 1) + 5
@@ -308,18 +314,15 @@ def speeds(model, plain) -> dict:
         "tokens_s_8": lambda candidate: generating(candidate, 8),
         "prefill_s": reading,
     }
-    row = {}
+    rows = [{} for _ in candidates]
     for name, call in measures.items():
-        times = {candidate: [] for candidate in (model, plain)}
+        turns = []
         start = time.perf_counter()
-        for turn in range(TURNS + 1):
-            for candidate, some in times.items():
-                some.append(call(candidate))
-            if time.perf_counter() - start > PATIENCE:
-                break
-        own, other = (statistics.median(some[1:] or some) for some in times.values())
-        row |= {name: own, f"{name}_over_bf16": own / other}
-    return row
+        while len(turns) <= TURNS and time.perf_counter() - start < PATIENCE:
+            turns.append([call(candidate) for candidate in candidates])
+        for row, values in zip(rows, zip(*(turns[1:] or turns))):
+            row[name] = statistics.median(values)
+    return rows
 
 
 def machine() -> dict:
@@ -340,6 +343,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("build/peers"), help="where models, results and plots go")
     parser.add_argument("--models", nargs="+", choices=models.MAKERS, default=list(models.MAKERS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--turns", action="store_true", help="time the methods on `llama` in turns, all in this process"
+    )
     parser.add_argument("--one", action="store_true", help="measure one method of one model in this process")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -347,6 +353,11 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one:
         print(json.dumps(measure(arguments.models[0], arguments.methods[0], arguments.out)))
+        return
+    if arguments.turns:
+        folder = models.checkpoint("llama", arguments.out)
+        rows = speeds([load("llama", method, folder) for method in arguments.methods])
+        print(*(json.dumps({"method": method} | row) for method, row in zip(arguments.methods, rows)), sep="\n")
         return
     for name in arguments.models:
         models.checkpoint(name, arguments.out)
