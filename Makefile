@@ -4,7 +4,7 @@ PYTHON ?= python3
 # make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-UPSTREAM = 5.23.0
+UPSTREAM := $(shell sed -n 's/^requires = .*transformers===\([^"]*\)".*/\1/p' pyproject.toml)
 
 BIN = $(VENV)/bin
 PATCHED = setup.py src tests/quantization

@@ -1,11 +1,17 @@
 """Our files and edits, laid over a tree of upstream's Transformers."""
 
+import tomllib
 from pathlib import Path
 
 
-UPSTREAM = "5.23.0"  # the release that the edits are made for, as pinned in pyproject.toml
-VERSION = f"{UPSTREAM}+exl3.1"
 REPO = Path(__file__).resolve().parents[2]
+# The release that the edits are made for: what the build requires.
+(UPSTREAM,) = (
+    requirement.removeprefix("transformers===")
+    for requirement in tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
+    if requirement.startswith("transformers===")
+)
+VERSION = f"{UPSTREAM}+exl3.1"
 
 
 class PatchError(Exception):

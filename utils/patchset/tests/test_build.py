@@ -16,12 +16,15 @@ KERNELS = "src/transformers/integrations/exl3/kernels"
 
 
 class PinTest(unittest.TestCase):
-    def test_the_pin_is_the_release_that_the_edits_are_for(self):
-        pins = re.findall(r'"transformers([^"]*)"\]', (REPO / "pyproject.toml").read_text("utf-8"))
-        self.assertEqual(pins, [f"==={UPSTREAM}"])
+    def test_the_release_is_pinned_in_one_place(self):
+        folders = [REPO / name for name in ("docker", "docs", "src", "tests", "utils", ".ci", ".github")]
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        files += [path for path in REPO.glob("*") if path.is_file()]
+        named = [path for path in files if UPSTREAM.encode() in path.read_bytes() and "__pycache__" not in path.parts]
+        self.assertEqual([path.name for path in named], ["pyproject.toml"])
 
     def test_another_release_is_refused(self):
-        for version in ("5.22.2", VERSION):
+        for version in ("0.0.1", VERSION):
             with mocked.object(build, "distribution", return_value=Mock(version=version)):
                 with self.assertRaisesRegex(
                     PatchError, rf"transformers {re.escape(version)} at .* transformers==={UPSTREAM}"

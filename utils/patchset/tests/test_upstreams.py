@@ -9,7 +9,7 @@ from .. import REPO, UPSTREAM, tree
 from . import upstreams
 
 
-RELEASES = ("5.20.2", "5.21.1", "5.22.2", UPSTREAM)
+RELEASES = ("5.21.1", "5.22.2", "5.23.0", UPSTREAM)
 
 
 def added_lines(source: Path, folder: Path) -> dict[str, list[str]]:

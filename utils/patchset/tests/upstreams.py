@@ -1,4 +1,4 @@
-"""Fetch a release of upstream's as source: `python utils/patchset/tests/upstreams.py 5.23.0`."""
+"""Fetch releases of upstream's as source: `python utils/patchset/tests/upstreams.py VERSION ...`."""
 
 import subprocess
 import sys
