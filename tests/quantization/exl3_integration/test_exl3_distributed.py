@@ -122,25 +122,19 @@ def work(folder, tasks):
     source = os.path.join(folder, "llama")
     if is_peft_available():
         torch.save(adapter_gradients(source, shard=True), os.path.join(source, "gradients.pt"))
-    run_examples(source)
+    run_example(source)
     torch.distributed.destroy_process_group()
 
 
-def run_examples(folder):
-    """The documentation's examples for several processes, with the checkpoint in `folder` for the one that they name."""
+def run_example(folder):
+    """The documentation's example for several processes, with the checkpoint in `folder` for the one that it names."""
     if not DOCS.is_file():
         return
     examples = re.findall(r"```py\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     (load_one,) = [code for code in examples if "distributed_config" in code]
-    (shard_one,) = [code for code in examples if "fully_shard" in code]
     names = {}
     exec(load_one.replace("path/to/model-exl3", folder), names)
     assert any(isinstance(parameter, DTensor) for parameter in names["model"].parameters())
-    if is_peft_available():
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        names["model"] = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-        exec(shard_one, names)
-        assert all(isinstance(parameter, DTensor) for parameter in names["model"].parameters())
 
 
 def adapter_gradients(folder, shard):

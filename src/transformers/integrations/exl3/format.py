@@ -28,6 +28,12 @@ A linear layer with `in` input and `out` output features, both padded to multipl
 and stands for the weight `W = diag(suh) B inner B diag(svh)` of shape `[in, out]` (`nn.Linear` keeps its transpose), where
 `inner` is what the trellis decodes to and `B` is the blockwise Hadamard rotation of `hadamard.py`.
 
+How it works: `B` spreads outliers over their block of 128 features. It is its own inverse and as easily undone on the activations,
+`y = ((x * suh) B inner) B * svh`, so that a product never needs the weight in full. `suh` and `svh` hold random signs and scales.
+The 256 weights of a tile share a ring of `256 K` bits, and each is a function of the 16 bits that end where its own `K` bits end:
+neighbors share bits, and a code with `2^K` choices a weight draws on 65536 values. That function is computed, not stored. Quantizing
+is to find the path through this trellis that is closest to the rotated weights, among those that close to a ring (tail-biting).
+
 Names: a *tile* is 16x16 weights of `inner`, in the *stream order* of its 256 codes; a *state* is the 16-bit window of the
 tile's bit stream (a ring of `256 K` bits) that a weight is decoded from; a *codebook* maps states to fp16 values.
 """
