@@ -11,7 +11,7 @@ PATCHED = setup.py src tests/quantization
 KERNELS = src/transformers/integrations/exl3/kernels
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
-.PHONY: help test test-slow sanitize fuzz check-upstreams demo lint style export refresh clean
+.PHONY: help test test-slow sanitize fuzz check-upstreams watch-upstream demo lint style export refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
@@ -19,6 +19,7 @@ help:
 	@echo "make sanitize               test the compiled kernels under the sanitizers"
 	@echo "make fuzz [SECONDS=...]     call them with random arguments, under the sanitizers"
 	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
+	@echo "make watch-upstream         name what upstream's newest release changes in what is touched here"
 	@echo "make demo [MODEL=...]       run the demo"
 	@echo "make lint                   check style, here and in the patched tree of upstream's"
 	@echo "make style                  put the style right"
@@ -76,6 +77,9 @@ fuzz: build/sanitized
 
 check-upstreams: $(VENV)/.installed
 	RUN_SLOW=1 $(BIN)/python -m pytest -q utils/patchset/tests/test_upstreams.py
+
+watch-upstream: $(BIN)/python
+	$(BIN)/python utils/patchset/watch.py $(VERSION)
 
 demo: $(VENV)/.demo refresh
 	$(BIN)/python demo/demo.py $(MODEL)

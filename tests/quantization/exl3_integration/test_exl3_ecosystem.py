@@ -119,6 +119,7 @@ class Exl3GenerationTest(unittest.TestCase):
     def test_caches(self, _, kwargs):
         self.assertTrue(torch.equal(self.generate(self.ids, **kwargs), self.expected))
 
+    @slow  # Quanto compiles its kernels first
     @require_optimum_quanto
     def test_a_quantized_cache(self):
         settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 16}
