@@ -84,6 +84,25 @@ class Exl3RealModelTest(unittest.TestCase):
         divergence = (expected.exp() * (expected - found)).sum(-1).mean()
         self.assertLess(float(divergence), 0.15)
 
+    @require_torch_accelerator
+    def test_an_accelerator_does_what_the_cpu_does(self):
+        """Logits of the same weights, the bytes of weights that are quantized there, and gradients of adapters."""
+        ids = self.tokenizer("The capital of France is", return_tensors="pt").input_ids
+        model = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, device_map=torch_device, quantization_config=Exl3Config(bits=4)
+        )
+        for name, tensor in self.quantized.state_dict().items():
+            if name.endswith("trellis"):
+                torch.testing.assert_close(model.state_dict()[name].cpu(), tensor, rtol=0, atol=0, msg=name)
+        with torch.no_grad():
+            expected, found = self.quantized(ids).logits, model(ids.to(torch_device)).logits.cpu()
+        self.assertLess(float((found - expected).square().mean().sqrt() / expected.std()), 1e-2)
+        if is_peft_available():
+            model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=8))
+            model(ids.to(torch_device), labels=ids.to(torch_device)).loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.requires_grad]
+            self.assertTrue(all(g is not None and bool(g.isfinite().all()) for g in gradients))
+
     def test_every_layer_is_as_close_as_four_bits_are(self):
         for name, layer in self.quantized.named_modules():
             if isinstance(layer, Exl3Linear):
