@@ -12,9 +12,9 @@ class Exl3Config(QuantizationConfigMixin):
 
     Args:
         bits (`float`, *optional*, defaults to 4.0):
-            Average bits per weight of the quantized layers, the head not counted, from 1 to 8. An average that is no
-            rate of the format (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8; halves with the mul1 codebook only) is met by
-            giving layers different rates.
+            Average bits per weight of the quantized layers that `overrides` does not name, the head not counted, from 1
+            to 8. An average that is no rate of the format (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8; halves with the mul1
+            codebook only) is met by giving layers different rates.
         head_bits (`float`, *optional*):
             Bits per weight of the output embeddings: one of the rates, or 16 for not quantized. Unset, the head stays
             as it is when a model is quantized. A head that is tied to the input embeddings and quantized becomes a
@@ -24,6 +24,11 @@ class Exl3Config(QuantizationConfigMixin):
             stands here.
         modules_to_not_convert (`list`, *optional*):
             Names or patterns of modules to leave as they are when a model is quantized, beside the default ones.
+        overrides (`dict[str, float]`, *optional*):
+            Rates for some layers: patterns for whole module names (`"*.down_proj"`, `"model.layers.0.*"`) to one of the
+            rates, or 16 for not quantized. Of several that match, the last counts. The parts of fused projections and of
+            experts go by the names that files have for them, too. A pattern that matches no layer to be quantized is an
+            error; the head is told about by `head_bits` alone.
         effort (`str`, *optional*, defaults to `"default"`):
             How thoroughly a model is quantized: `"default"`, within 0.05 dB of the least error that the format allows,
             or `"fast"`, which takes up to half the time and has 0.1 to 0.5 dB more error (0.02 to 0.08 bits). It is not
@@ -41,6 +46,7 @@ class Exl3Config(QuantizationConfigMixin):
         head_bits: float | None = None,
         codebook: str | None = "mul1",
         modules_to_not_convert: list | None = None,
+        overrides: dict[str, float] | None = None,
         effort: str = "default",
         dequantize: bool = False,
         **kwargs,
@@ -51,6 +57,7 @@ class Exl3Config(QuantizationConfigMixin):
         self.head_bits = head_bits
         self.codebook = codebook
         self.modules_to_not_convert = modules_to_not_convert
+        self.overrides = overrides
         self.effort = effort
         self.dequantize = dequantize
         self.converter_fields = kwargs
@@ -72,6 +79,14 @@ class Exl3Config(QuantizationConfigMixin):
             raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
         if self.effort not in ("default", "fast"):
             raise ValueError(f"`effort` of Exl3Config has to be `default` or `fast`, got {self.effort!r}")
+        overrides = self.overrides
+        if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(n, str) for n in overrides)):
+            raise TypeError(f"`overrides` of Exl3Config has to be a dict of patterns to rates, got {overrides!r}")
+        for pattern, rate in (overrides or {}).items():
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate not in (16, *rates):
+                raise ValueError(
+                    f"`overrides` of Exl3Config has to be one of {rates} or 16 for {pattern!r}, got {rate!r}"
+                )
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
             raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")
@@ -90,6 +105,6 @@ class Exl3Config(QuantizationConfigMixin):
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
-        written = ("bits", "head_bits", "codebook", "modules_to_not_convert")
+        written = ("bits", "head_bits", "codebook", "modules_to_not_convert", "overrides")
         fields = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
         return copy.deepcopy({"quant_method": "exl3", **fields, **self.converter_fields})

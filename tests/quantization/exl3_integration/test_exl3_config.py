@@ -38,7 +38,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 if is_torch_available():
     import torch
 
-    from transformers.integrations.exl3.allocation import allocate_bits
+    from transformers.integrations.exl3.allocation import allocate_bits, override_bits, table_of_bits
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -125,6 +125,7 @@ class Exl3ConfigTest(unittest.TestCase):
 
     def test_what_is_asked_for_comes_back(self):
         given = {"bits": 2.5, "head_bits": 6, "codebook": "mcg", "modules_to_not_convert": ["lm_head", "layers.0"]}
+        given["overrides"] = {"*.down_proj": 4, "model.layers.0.*": 16}
         config = Exl3Config(**given, dequantize=True)
         self.assertEqual(config.to_dict(), {"quant_method": "exl3", **given})
         self.assertEqual(Exl3Config.from_dict(config.to_dict()).to_dict(), config.to_dict())
@@ -173,6 +174,11 @@ class Exl3ConfigTest(unittest.TestCase):
             ("modules_to_not_convert", "lm_head", TypeError, "a list of names, got 'lm_head'"),
             ("modules_to_not_convert", [1], TypeError, r"a list of names, got \[1\]"),
             ("modules_to_not_convert", 1, TypeError, "a list of names, got 1"),
+            ("overrides", [("a", 4)], TypeError, r"a dict of patterns to rates, got \[\('a', 4\)\]"),
+            ("overrides", {4: 4}, TypeError, "a dict of patterns to rates, got {4: 4}"),
+            ("overrides", {"a": 4.5}, ValueError, "one of .* or 16 for 'a', got 4.5"),
+            ("overrides", {"a": "4"}, ValueError, "one of .* or 16 for 'a', got '4'"),
+            ("overrides", {"a": True}, ValueError, "one of .* or 16 for 'a', got True"),
             ("effort", "exact", ValueError, "`default` or `fast`, got 'exact'"),
             ("effort", None, ValueError, "`default` or `fast`, got None"),
             ("dequantize", 1, TypeError, "True or False, got 1"),
@@ -336,3 +342,60 @@ class Exl3AllocationTest(unittest.TestCase):
 
     def test_nothing_to_allocate(self):
         self.assertEqual(allocate_bits({}, 3.3, "mul1"), {})
+
+    UNITS = {f"model.layers.{i}.{name}": {f"model.layers.{i}.{name}"} for i in (0, 1, 11) for name in ("up", "down")}
+
+    @parameterized.expand(
+        [
+            ("an_ending", {"*.down": 6}, {f"model.layers.{i}.down": 6 for i in (0, 1, 11)}),
+            ("a_layer_and_no_other", {"model.layers.1.*": 6}, {"model.layers.1.up": 6, "model.layers.1.down": 6}),
+            ("a_name", {"model.layers.0.up": 16}, {"model.layers.0.up": 16}),
+            (
+                "the_last_counts",
+                {"*": 3, "*.1.*": 5, "*.1.up": 2.5},
+                {"0.up": 3, "0.down": 3, "1.up": 2.5, "1.down": 5},
+            ),
+            ("one_of_several", {"*.layers.[01].up": 7, "*.layers.1?.up": 8}, {"0.up": 7, "1.up": 7, "11.up": 8}),
+        ]
+    )
+    def test_patterns_give_rates(self, _, overrides, expected):
+        expected = {
+            name if name.startswith("model") else f"model.layers.{name}": rate for name, rate in expected.items()
+        }
+        bits = override_bits(overrides, self.UNITS, "mul1")
+        self.assertEqual({name: bits[name] for name in expected}, expected)
+        if "*" not in overrides:
+            self.assertEqual(bits.keys(), expected.keys())
+
+    @parameterized.expand(
+        [
+            ("down", r"matches no layer that is quantized; a pattern has to match a whole name, such as '\*\.down'"),
+            ("*.dwon", r"such as '\*\.down'"),
+            ("layers.0.up", r"such as '\*\.layers\.0\.up'"),
+            ("model.layer.0.up", "'model.layers.0.up'"),
+            ("something else", r"such as 'model\.layers\.0\.down' or '\*\.down'"),
+            ("*head", r"not quantized whatever it says \(lm_head\): `head_bits`"),
+        ]
+    )
+    def test_patterns_that_match_nothing_are_errors_that_name_what_is_near(self, pattern, message):
+        with self.assertRaisesRegex(ValueError, message):
+            override_bits({"*.up": 4, pattern: 5}, self.UNITS, "mul1", plain=["lm_head", "model"])
+
+    @parameterized.expand(["mcg", "3inst"])
+    def test_half_bits_of_an_override_need_their_codebook(self, codebook):
+        with self.assertRaisesRegex(
+            ValueError, rf"'\*' asks for 2.5 bits, which need the codebook `mul1`, not `{codebook}`"
+        ):
+            override_bits({"*": 2.5}, self.UNITS, codebook)
+
+    def test_the_table_of_rates(self):
+        bits = {f"layers.{i}.up": 6 if i == 4 else 2.5 for i in (0, 1, 2, 4, 11)} | {"head": 6}
+        text = table_of_bits(bits, dict.fromkeys(bits, 100) | {"head": 1500})
+        self.assertEqual(
+            text.splitlines(),
+            [
+                "6 weights of 2,000 elements, 5.3 bits on average:",
+                "  2.5 bits: layers.0-2,11.up",
+                "  6 bits: layers.4.up, head",
+            ],
+        )

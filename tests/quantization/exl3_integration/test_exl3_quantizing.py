@@ -351,6 +351,69 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertGreater(average, bits - 0.1)
         self.assertGreater(len({layer.bits for layer in layers}), 1)
 
+    def test_overrides(self):
+        """Layers that overrides name have those rates, the others the average; both come back from a checkpoint."""
+        overrides = {"*.down_proj": 6, "model.layers.1.self_attn.*": 5, "*.1.self_attn.q_proj": 16}
+        with self.assertLogs("transformers", "INFO") as logs:
+            quantized, model = self.quantize("llama", Exl3Config(bits=2.25, overrides=overrides))
+        layers = {name: module.bits for name, module in quantized.named_modules() if isinstance(module, Exl3Linear)}
+        for name, bits in layers.items():
+            if name.endswith("down_proj"):
+                self.assertEqual(bits, 6)
+            elif "layers.1.self_attn" in name:
+                self.assertEqual(bits, 5)
+            else:
+                self.assertIn(bits, (2, 2.5, 3))
+        free = {name: bits for name, bits in layers.items() if bits <= 3}
+        weights = {name: quantized.get_submodule(name).plain.weight.numel() for name in layers}
+        average = sum(bits * weights[name] for name, bits in free.items()) / sum(weights[name] for name in free)
+        self.assertTrue(2.15 < average <= 2.25)
+        q_proj = "model.layers.1.self_attn.q_proj"
+        self.assertTrue(torch.equal(quantized.get_submodule(q_proj).weight, model.get_submodule(q_proj).weight))
+        self.assertIs(type(quantized.get_submodule(q_proj)), nn.Linear)
+        (table,) = [record.getMessage() for record in logs.records if "Quantizing LlamaForCausalLM" in record.msg]
+        self.assertIn("5 bits: model.layers.1.self_attn.k_proj, ", table)
+        self.assertIn("6 bits: model.layers.0-1.mlp.down_proj", table)
+        result = outputs(quantized, "llama")
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.assertTrue(torch.equal(outputs(loaded, "llama"), result))
+        self.assertEqual(loaded.config.quantization_config.overrides, overrides)
+
+    @parameterized.expand(
+        [
+            ("phi3", {"*.q_proj": 6, "*.gate_up_proj": 3, "*.up_proj": 4}, {"q": 6, "k": 2, "gate": 3, "up": 4}),
+            ("mixtral", {"*.down_proj": 6, "*.w1": 3}, {"down": 6, "gate": 3, "up": 2}),
+            ("gpt_oss", {"*.experts": 1, "*.experts.gate_up_proj": 4}, {"down": 1, "gate": 4, "up": 4, "q": 2}),
+            ("nemotron_h", {"*.experts.up_proj": 4}, {"expert_up": 4, "expert_down": 2}),
+        ]
+    )
+    def test_overrides_of_parts(self, name, overrides, expected):
+        """Parts of fused projections, and projections of all experts of a layer, by the names that files have for them."""
+        quantized, _ = self.quantize(name, Exl3Config(bits=2, overrides=overrides))
+        for part, bits in expected.items():
+            ending = (part, f"{part}_proj", f"expert_{part}")
+            layers = [
+                m for path, m in quantized.named_modules() if path.endswith(ending) and isinstance(m, Exl3Linear)
+            ]
+            self.assertEqual({layer.bits for layer in layers}, {bits}, part)
+
+    @parameterized.expand(
+        [
+            ("llama", {"down_proj": 4}, r"'down_proj' matches no layer .* such as '\*\.down_proj'"),
+            ("llama", {"lm_head": 4}, r"'lm_head' matches only modules that are not quantized .*`head_bits`"),
+            ("llama", {"*.up_proj": 4}, r"'\*\.up_proj' matches only modules .*`modules_to_not_convert`"),
+            ("phi3", {"*.q_proj": 16}, r"of model.layers.0.self_attn.qkv_proj some parts .*'q_proj': 16, 'k_proj': 2"),
+            ("qwen3_moe", {"*.mlp.gate": 4}, r"'\*\.mlp\.gate' matches only modules that are not quantized"),
+            ("llama", {"*": 16}, "There is nothing to quantize in LlamaForCausalLM"),
+        ]
+    )
+    def test_overrides_that_cannot_be_followed_are_errors(self, name, overrides, message):
+        config = Exl3Config(bits=2, overrides=overrides, modules_to_not_convert=["mlp.up_proj"])
+        with self.assertRaisesRegex(ValueError, message):
+            self.quantize(name, config)
+
     @parameterized.expand([(torch.bfloat16,), (torch.float16,)])
     def test_other_dtypes(self, dtype):
         quantized, model = self.quantize("llama", dtype=dtype)

@@ -19,7 +19,7 @@ from ...conversion_mapping import get_model_conversion_mapping
 from ...core_model_loading import WeightConverter
 from ...quantizers.quantizers_utils import should_convert_module
 from ...utils import logging
-from .allocation import allocate_bits
+from .allocation import PLAIN, allocate_bits, override_bits, table_of_bits
 from .architecture import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear, linear_sizes, part_sizes, untie
 from .checkpoint import linear_tensors
 from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
@@ -48,7 +48,7 @@ class Plan:
 
     Args:
         model (`PreTrainedModel`): On the meta device.
-        config (`Exl3Config`): Tells bits, head bits, codebook.
+        config (`Exl3Config`): Tells bits, overrides, head bits, codebook.
         skip (`list[str]`): Names or patterns of modules to leave as they are, the output embeddings among them.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan:
         weights (`int`): How many weights there are to quantize.
 
     Raises:
-        `ValueError`: Where there is nothing to quantize, or the head cannot be quantized as asked for.
+        `ValueError`: Where there is nothing to quantize, or the head cannot be quantized as asked for, or overrides name nothing.
     """
 
     def __init__(self, model, config, skip: list[str]):
@@ -72,19 +72,17 @@ class Plan:
         for path, module in self._paths.items():
             if path != head and not should_convert_module(path, skip):
                 continue
-            if is_experts(module):
-                sizes[path] = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 3)
-            elif is_linear(module) and path.rpartition(".")[2] not in KEPT_PLAIN:
+            if is_experts(module) or (is_linear(module) and path.rpartition(".")[2] not in KEPT_PLAIN):
                 if path != head:
-                    sizes[path] = module.weight.numel()
+                    sizes[path] = self._sizes(path)
             elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) and hasattr(
                 module, "num_experts"
             ):
                 left.append(f"{path} ({type(module).__name__})")
-        sizes = {path: size for path, size in sizes.items() if size}
+        sizes = {path: parts for path, parts in sizes.items() if any(parts.values())}
         if left:
             logger.warning(f"EXL3 knows no layout for these experts, they stay as they are: {', '.join(left)}")
-        self.bits = allocate_bits(sizes, config.bits, self.codebook) if sizes else {}
+        self.bits = self._bits(sizes, config) if sizes or config.overrides else {}
         if config.head_bits is not None and config.head_bits != 16:
             if head is None:
                 raise ValueError(
@@ -94,7 +92,8 @@ class Plan:
                 raise ValueError(
                     f"`head_bits` of {config.head_bits} needs the codebook `mul1`, not `{self.codebook}`."
                 )
-            self.bits[head] = config.head_bits
+            self.bits[head] = {"": config.head_bits}
+            sizes[head] = self._sizes(head)
             self._untie_head(head)
         if not self.bits:
             raise ValueError(
@@ -104,7 +103,71 @@ class Plan:
         for path, bits in self.bits.items():
             self.modules[path] = module = self._build(path, bits)
             module.wait_for_plain()
-        self.weights = sum(self._paths[path].weight.numel() if path == head else sizes[path] for path in self.bits)
+        self.weights = sum(sum(sizes[path].values()) for path in self.bits)
+        rates = {_join(path, part): rate for path, parts in self.bits.items() for part, rate in parts.items()}
+        table = table_of_bits(rates, {_join(path, part): size for path in sizes for part, size in sizes[path].items()})
+        logger.info(f"Quantizing {type(model).__name__} to EXL3: {table}")
+
+    def _sizes(self, path: str) -> dict[str, int]:
+        """How many weights each part of the module at `path` has that can have a rate of its own, empty for itself."""
+        module = self._paths[path]
+        if is_experts(module):
+            count, hidden, intermediate = expert_sizes(module)
+            return dict.fromkeys(self._roles(module), count * hidden * intermediate)
+        parts = self._fused_sizes(path)
+        into, out = linear_sizes(module)
+        return {part: into * size for part, size in parts.items()} if parts else {"": into * out}
+
+    def _bits(self, sizes: dict[str, dict[str, int]], config) -> dict[str, dict[str, float]]:
+        """
+        Bits per weight of all parts of modules, by path and part: what overrides say, and for all others the average
+        `config.bits`.
+        """
+        units = {_join(path, part): self._names(path, part) for path, parts in sizes.items() for part in parts}
+        above = {path.rsplit(".", up)[0] for path in sizes for up in range(path.count(".") + 1)}
+        plain = [path for path in self._paths if path and path not in above]
+        overridden = override_bits(config.overrides or {}, units, self.codebook, plain)
+        left = {
+            path: sum(size for part, size in parts.items() if _join(path, part) not in overridden)
+            for path, parts in sizes.items()
+        }
+        left = {path: size for path, size in left.items() if size}
+        allocated = allocate_bits(left, config.bits, self.codebook) if left else {}
+        bits = {}
+        for path, parts in sizes.items():
+            rates = {part: overridden.get(_join(path, part), allocated.get(path)) for part in parts}
+            if PLAIN not in rates.values():
+                bits[path] = rates
+            elif set(rates.values()) != {PLAIN}:
+                raise ValueError(
+                    f"`overrides` of Exl3Config: of {path} some parts are to be quantized and some are not ({rates}), and it is "
+                    "one weight: give all of them 16 or none."
+                )
+        return bits
+
+    def _names(self, path: str, part: str) -> set[str]:
+        """What overrides may call a part of the module at `path`: by its path and by those that files have for the part."""
+        module, (parent, _, _) = self._paths[path], path.rpartition(".")
+        if not part:
+            return {path}
+        if not is_experts(module):
+            return {path, _join(path, part), _join(parent, part)}
+        parameter = "down_proj" if part == "down" else "gate_up_proj" if "gate" in self._roles(module) else "up_proj"
+        names = {parameter, self._expert_names[part], f"{part}_proj"}
+        return {path, *(_join(path, name) for name in names)}
+
+    @staticmethod
+    def _roles(experts: nn.Module) -> tuple[str, ...]:
+        return ("gate", "up", "down") if hasattr(experts, "gate_up_proj") else ("up", "down")
+
+    def _fused_sizes(self, path: str) -> dict[str, int] | None:
+        """Output features of the parts of a fused projection, None for any other."""
+        parent, _, name = path.rpartition(".")
+        if name not in FUSED:
+            return None
+        parts = FUSED[name][0]
+        sizes = part_sizes(self._paths[path], self._paths[parent], self.model.config, len(parts))
+        return dict(zip(parts, sizes)) if sizes else None
 
     def _names_of_projections(self) -> dict[str, str]:
         """What the files of this architecture call the projections of an expert: by role, as `EXPERT_ROLES` has them."""
@@ -131,30 +194,27 @@ class Plan:
             in_features, out_features, linear_tensors(in_features, out_features, bits, self.codebook, bias), plain
         )
 
-    def _build(self, path: str, bits: float) -> Exl3Module:
+    def _build(self, path: str, bits: dict[str, float]) -> Exl3Module:
         module = self._paths[path]
         if is_experts(module):
             return self._experts(path, module, bits)
-        parent, _, name = path.rpartition(".")
         in_features, out_features = linear_sizes(module)
         bias = module.bias is not None
-        if name in FUSED:
-            parts = FUSED[name][0]
-            sizes = part_sizes(module, self._paths[parent], self.model.config, len(parts))
-            if sizes:
-                layers = {part: self._linear(in_features, size, bits, bias) for part, size in zip(parts, sizes)}
-                for part, layer in layers.items():
-                    beside = f"{parent}.{part}" if parent else part
-                    self.names |= {f"{beside}.{tensor}": f"{path}.{part}.{tensor}" for tensor in layer.stored}
-                return Exl3SplitLinear(layers, module)
-        return self._linear(in_features, out_features, bits, bias, module)
+        sizes = self._fused_sizes(path)
+        if sizes:
+            layers = {part: self._linear(in_features, size, bits[part], bias) for part, size in sizes.items()}
+            for part, layer in layers.items():
+                beside = _join(path.rpartition(".")[0], part)
+                self.names |= {f"{beside}.{tensor}": f"{path}.{part}.{tensor}" for tensor in layer.stored}
+            return Exl3SplitLinear(layers, module)
+        return self._linear(in_features, out_features, bits[""], bias, module)
 
-    def _experts(self, path: str, module: nn.Module, bits: float) -> Exl3Experts:
+    def _experts(self, path: str, module: nn.Module, bits: dict[str, float]) -> Exl3Experts:
         count, hidden, intermediate = expert_sizes(module)
-        roles = ("gate", "up", "down") if hasattr(module, "gate_up_proj") else ("up", "down")
+        roles = self._roles(module)
         bias = hasattr(module, "down_proj_bias")
         shapes = {role: (intermediate, hidden) if role == "down" else (hidden, intermediate) for role in roles}
-        experts = [{role: self._linear(*shapes[role], bits, bias) for role in roles} for _ in range(count)]
+        experts = [{role: self._linear(*shapes[role], bits[role], bias) for role in roles} for _ in range(count)]
         self.names |= {
             f"{path}.{index}.{self._expert_names[role]}.{tensor}": f"{path}.{index}.expert_{role}.{tensor}"
             for index, projections in enumerate(experts)
@@ -162,3 +222,7 @@ class Plan:
             for tensor in layer.stored
         }
         return Exl3Experts(experts, module)
+
+
+def _join(path: str, part: str) -> str:
+    return ".".join(name for name in (path, part) if name)
