@@ -108,9 +108,7 @@ class Exl3HfQuantizer(HfQuantizer):
         config = self.quantization_config
         config.codebook = config.codebook or "mul1"  # a dict without one comes from no converter here
         config.converter_fields |= QUANTIZED_HERE
-        skip = self.get_modules_to_not_convert(
-            model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
-        )
+        skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         # The default names the last parameter, whose module is meant: a bias as well as a weight.
         self.plan = Plan(model, config, [name.removesuffix(".bias") for name in skip])
         self.progress_bar = logging.tqdm(

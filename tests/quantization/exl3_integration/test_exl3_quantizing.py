@@ -334,12 +334,47 @@ class Exl3QuantizingTest(unittest.TestCase):
         quantized, model = self.quantize("llama", Exl3Config(bits=2, modules_to_not_convert=skip))
         left = {name for name, module in quantized.named_modules() if type(module) is nn.Linear}
         attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
-        self.assertEqual(
-            left - {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"},
-            {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", *attention},
-        )
+        mlp = {f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("up", "down")}
+        self.assertEqual(left, {"lm_head", *attention, *mlp})
         weight = quantized.model.layers[0].self_attn.q_proj.weight
         self.assertTrue(torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight))
+
+    @parameterized.expand(
+        [
+            ("qwen2_5_vl", "visual", "model.visual."),
+            ("qwen2_5_vl", "model.visual", "model.visual."),
+            ("gemma3", "vision_tower", "model.vision_tower."),
+            ("llama", "mlp", ".mlp."),
+            ("llama", "layers.0", "layers.0."),
+            ("llama", "layers.[01].mlp", ".mlp."),
+        ]
+    )
+    def test_a_name_leaves_all_that_is_in_modules_of_this_name(self, architecture, name, part):
+        quantized, _ = self.quantize(architecture, Exl3Config(bits=1, effort="fast", modules_to_not_convert=[name]))
+        layers = [path for path, module in quantized.named_modules() if isinstance(module, Exl3Linear)]
+        self.assertTrue(layers)
+        self.assertEqual([path for path in layers if part in path], [])
+
+    @parameterized.expand(
+        [
+            ("vision", "`vision` is the name of no module, there is `lm_head`, `model`"),
+            ("mpl", "`mpl` is the name of no module, there is `mlp`"),
+            ("q_porj", "no module, there is .*`q_proj`"),
+            ("model.layers.7", "no module, there is .*`model.layers.1`"),
+            ("(", "is not a regular expression"),
+        ]
+    )
+    def test_names_of_no_module_are_an_error(self, name, message):
+        with self.assertRaisesRegex(ValueError, message):
+            self.quantize("llama", Exl3Config(modules_to_not_convert=["mlp", name]))
+
+    def test_names_of_modules_that_stay_anyway_are_none(self):
+        quantized, _ = self.quantize("llama", Exl3Config(bits=1, modules_to_not_convert=["lm_head", "embed_tokens"]))
+        self.assertIs(type(quantized.lm_head), nn.Linear)
+
+    def test_a_head_that_is_to_be_quantized_and_to_stay(self):
+        with self.assertRaisesRegex(ValueError, "`head_bits` of 6 .*lm_head.*Unset one"):
+            self.quantize("llama", Exl3Config(head_bits=6, modules_to_not_convert=["lm_head"]))
 
     @parameterized.expand([1.25, 2.25, 3.3, 4.5, 6.7])
     def test_fractional_bits_meet_the_average(self, bits):

@@ -23,6 +23,7 @@ from .allocation import PLAIN, allocate_bits, override_bits, table_of_bits
 from .architecture import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear, linear_sizes, part_sizes, untie
 from .checkpoint import linear_tensors
 from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from .selection import selected
 
 
 logger = logging.get_logger(__name__)
@@ -48,8 +49,8 @@ class Plan:
 
     Args:
         model (`PreTrainedModel`): On the meta device.
-        config (`Exl3Config`): Tells bits, overrides, head bits, codebook.
-        skip (`list[str]`): Names or patterns of modules to leave as they are, the output embeddings among them.
+        config (`Exl3Config`): Tells bits, overrides, head bits, codebook, and names or patterns of modules to leave as they are.
+        skip (`list[str]`): More of these, by upstream's rule: those that it leaves by default, the output embeddings among them.
 
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
@@ -58,7 +59,8 @@ class Plan:
         weights (`int`): How many weights there are to quantize.
 
     Raises:
-        `ValueError`: Where there is nothing to quantize, or the head cannot be quantized as asked for, or overrides name nothing.
+        `ValueError`: Where there is nothing to quantize, a name or an override means no module, or the head cannot be quantized
+            as asked for.
     """
 
     def __init__(self, model, config, skip: list[str]):
@@ -69,6 +71,7 @@ class Plan:
         self._paths = dict(model.named_modules())
         self._expert_names = self._names_of_projections()
         sizes, head, left = {}, self._head(), []
+        own = config.modules_to_not_convert or []
         for path, module in self._paths.items():
             if path != head and not should_convert_module(path, skip):
                 continue
@@ -79,7 +82,8 @@ class Plan:
                 module, "num_experts"
             ):
                 left.append(f"{path} ({type(module).__name__})")
-        sizes = {path: parts for path, parts in sizes.items() if any(parts.values())}
+        skipped = selected(own, [*self._paths], [*sizes, *([head] if head else [])])
+        sizes = {path: parts for path, parts in sizes.items() if any(parts.values()) and path not in skipped}
         if left:
             logger.warning(f"EXL3 knows no layout for these experts, they stay as they are: {', '.join(left)}")
         self.bits = self._bits(sizes, config) if sizes or config.overrides else {}
@@ -87,6 +91,11 @@ class Plan:
             if head is None:
                 raise ValueError(
                     f"`head_bits` is set and {type(model).__name__} has no linear output embeddings. Unset it."
+                )
+            if head in skipped:
+                raise ValueError(
+                    f"`head_bits` of {config.head_bits} asks for {head} to be quantized, and `modules_to_not_convert` ({own}) for "
+                    "it to be left as it is. Unset one of them."
                 )
             if config.head_bits != int(config.head_bits) and self.codebook != "mul1":
                 raise ValueError(
@@ -98,7 +107,7 @@ class Plan:
         if not self.bits:
             raise ValueError(
                 f"There is nothing to quantize in {type(model).__name__}: no `nn.Linear` or `Conv1D` (no subclass of these) is left "
-                f"by `modules_to_not_convert` ({skip}). Load it without `quantization_config`."
+                f"by `modules_to_not_convert` ({[*own, *skip]}). Load it without `quantization_config`."
             )
         for path, bits in self.bits.items():
             self.modules[path] = module = self._build(path, bits)
