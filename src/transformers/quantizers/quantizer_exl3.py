@@ -106,7 +106,8 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.planning import Plan
 
         config = self.quantization_config
-        config.codebook = config.codebook or "mul1"  # a dict without one comes from no converter here
+        config._check_unknown(config.converter_fields.keys() - QUANTIZED_HERE)  # of a dict that a user wrote
+        config.codebook = config.codebook or "mul1"
         config.converter_fields |= QUANTIZED_HERE
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         # The default names the last parameter, whose module is meant: a bias as well as a weight.

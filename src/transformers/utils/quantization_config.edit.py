@@ -1,3 +1,7 @@
+import difflib
+import inspect
+
+
 class QuantizationMethod:
     ...
     EXL3 = "exl3"
@@ -35,8 +39,14 @@ class Exl3Config(QuantizationConfigMixin):
             written to checkpoints.
         dequantize (`bool`, *optional*, defaults to `False`):
             Whether to load a quantized checkpoint as a plain model, with the weights that the quantized ones stand for.
-        kwargs (`dict[str, Any]`, *optional*):
-            Other fields that a converter wrote (`version`, `calibration`, `out_scales`, ...), kept as they are.
+
+    Attributes:
+        converter_fields (`dict[str, Any]`):
+            Other fields that a converter wrote (`version`, `calibration`, `out_scales`, ...), kept as they are. Only `from_dict`
+            takes them: of arguments they would be mistakes.
+
+    Raises:
+        `TypeError`: For an argument that there is not, with what there is.
     """
 
     def __init__(
@@ -51,7 +61,7 @@ class Exl3Config(QuantizationConfigMixin):
         dequantize: bool = False,
         **kwargs,
     ):
-        kwargs.pop("quant_method", None)
+        self._check_unknown(kwargs)
         self.quant_method = QuantizationMethod.EXL3
         self.bits = bits
         self.head_bits = head_bits
@@ -60,7 +70,7 @@ class Exl3Config(QuantizationConfigMixin):
         self.overrides = overrides
         self.effort = effort
         self.dequantize = dequantize
-        self.converter_fields = kwargs
+        self.converter_fields = {}
         self.post_init()
 
     def post_init(self):
@@ -93,13 +103,31 @@ class Exl3Config(QuantizationConfigMixin):
         if not isinstance(self.dequantize, bool):
             raise TypeError(f"`dequantize` of Exl3Config has to be True or False, got {self.dequantize!r}")
 
+    @classmethod
+    def _arguments(cls) -> list[str]:
+        return [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
+
+    @classmethod
+    def _check_unknown(cls, fields):
+        """Raises `TypeError` for fields that are no arguments, with those that are like them."""
+        known = cls._arguments()
+        for name in fields:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise TypeError(f"Exl3Config has no argument `{name}`.{hint} It has {', '.join(f'`{n}`' for n in known)}.")
+
     def __eq__(self, other) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         # Converters before 0.0.9 wrote no codebook: what the tensors say is not to be overridden by a default.
-        return super().from_dict({"codebook": None, **config_dict}, return_unused_kwargs, **kwargs)
+        known = {"codebook": None} | {name: config_dict[name] for name in cls._arguments() if name in config_dict}
+        result = super().from_dict(known, return_unused_kwargs, **kwargs)
+        config = result[0] if return_unused_kwargs else result
+        others = {name: value for name, value in config_dict.items() if name not in known and name != "quant_method"}
+        config.converter_fields = copy.deepcopy(others)
+        return result
 
     def get_loading_attributes(self):
         return {"dequantize": self.dequantize}

@@ -135,12 +135,27 @@ class Exl3ConfigTest(unittest.TestCase):
         self.assertEqual(Exl3Config(dequantize=True).get_loading_attributes(), {"dequantize": True})
 
     def test_what_is_written_can_be_changed_without_harm(self):
-        config = Exl3Config(modules_to_not_convert=["a"], calibration={"rows": 1})
+        config = Exl3Config.from_dict({"modules_to_not_convert": ["a"], "calibration": {"rows": 1}})
         written = config.to_dict()
         written["modules_to_not_convert"].append("b")
         written["calibration"]["rows"] = 2
         self.assertEqual(config.modules_to_not_convert, ["a"])
         self.assertEqual(config.to_dict()["calibration"], {"rows": 1})
+
+    @parameterized.expand(
+        [
+            ("bit", "Did you mean `bits`"),
+            ("head_bit", "Did you mean `head_bits`"),
+            ("dequantise", "Did you mean `dequantize`"),
+            ("modules_to_not_covert", "Did you mean `modules_to_not_convert`"),
+            ("bpw", "It has `bits`, `head_bits`"),
+            ("load_in_4bit", "It has `bits`, `head_bits`"),
+            ("version", "It has `bits`, `head_bits`"),
+        ]
+    )
+    def test_an_argument_that_there_is_not(self, name, message):
+        with self.assertRaisesRegex(TypeError, f"no argument `{name}`.*{message}"):
+            Exl3Config(**{name: 3})
 
     def test_unused_arguments_are_returned(self):
         config, unused = Exl3Config.from_dict(
@@ -196,7 +211,8 @@ class Exl3ConfigTest(unittest.TestCase):
         self.assertEqual(Exl3Config.from_dict(block).to_dict(), block)
 
     def test_configs_are_equal_where_all_fields_are(self):
-        self.assertEqual(Exl3Config(bits=3, version="1.6.5"), Exl3Config(bits=3, version="1.6.5"))
+        written = {"bits": 3, "version": "1.6.5"}
+        self.assertEqual(Exl3Config.from_dict(written), Exl3Config.from_dict(written))
         self.assertNotEqual(Exl3Config(bits=3), Exl3Config(bits=4))
         self.assertIn('"bits": 3', repr(Exl3Config(bits=3)))
 

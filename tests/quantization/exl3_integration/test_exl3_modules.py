@@ -67,6 +67,17 @@ class Exl3ModulesTest(unittest.TestCase):
             self.assertEqual(plain.bias is not None, bias)
             self.assertTrue(torch.equal(module.weight, plain.weight))
 
+    @parameterized.expand([(128,), (200,)])
+    def test_inputs_of_another_width_are_refused(self, in_features):
+        """Also of a width that is stored with the same padding."""
+        module, _ = make(in_features, 64)
+        for width in (1, 64, in_features - 1, in_features + 1, 256, 2 * in_features):
+            if width != in_features:
+                with self.assertRaisesRegex(
+                    ValueError, rf"\[2, {width}\], the layer has {in_features} input features"
+                ):
+                    module(torch.ones(2, width))
+
     def test_conv1d(self):
         module, weight = make(192, 130, plain=Conv1D(130, 192))
         plain = self.assert_stands_for(module, torch.randn(2, 192))

@@ -140,7 +140,7 @@ class Exl3ConfigPropertiesTest(unittest.TestCase):
     @examples(100)
     def test_what_is_written_is_read_again(self, bits, head_bits, codebook, skipped, fields):
         given_fields = {"bits": bits, "head_bits": head_bits, "codebook": codebook, "modules_to_not_convert": skipped}
-        config = Exl3Config(**given_fields, **fields)
+        config = Exl3Config.from_dict(given_fields | fields)
         written = config.to_dict()
         self.assertEqual({name: written[name] for name in fields}, fields)
         for text in (json.dumps(written), config.to_json_string()):

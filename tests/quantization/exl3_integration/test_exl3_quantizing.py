@@ -368,6 +368,10 @@ class Exl3QuantizingTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, message):
             self.quantize("llama", Exl3Config(modules_to_not_convert=["mlp", name]))
 
+    def test_a_field_of_a_dict_that_is_no_argument(self):
+        with self.assertRaisesRegex(TypeError, "no argument `bit`.*`bits`"):
+            self.quantize("llama", {"quant_method": "exl3", "bit": 3})
+
     def test_names_of_modules_that_stay_anyway_are_none(self):
         quantized, _ = self.quantize("llama", Exl3Config(bits=1, modules_to_not_convert=["lm_head", "embed_tokens"]))
         self.assertIs(type(quantized.lm_head), nn.Linear)

@@ -115,10 +115,17 @@ MODELS = {name: (auto_class, config) for name, auto_class, config in _configs()}
 
 
 def tiny_model(name: str):
-    """A model with random weights, the same each time, and the class to load it with."""
+    """
+    A model with random weights, the same each time, and the class to load it with. Its biases are drawn, too: of zeros it would
+    not be noticed if they were lost, doubled or exchanged.
+    """
     auto_class, config = MODELS[name]
     torch.manual_seed(0)
-    return auto_class.from_config(config).eval(), auto_class
+    model = auto_class.from_config(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, auto_class
 
 
 def tiny_inputs(name: str) -> dict[str, torch.Tensor]:

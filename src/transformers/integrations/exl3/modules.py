@@ -234,7 +234,15 @@ class Exl3Linear(Exl3Module, nn.Linear):
         return local(self.trellis).view(torch.int16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.codes, *self.scales, self.bias, self.codebook, self.out_features)
+        suh, svh = self.scales
+        self.check_width(x, suh)
+        return ops.linear(x, self.codes, suh, svh, self.bias, self.codebook, self.out_features)
+
+    def check_width(self, x: torch.Tensor, suh: torch.Tensor):
+        """Raise `ValueError` where `x` `[..., in_features]` is of another width; operators see but the one with padding."""
+        width = min(self.in_features, suh.shape[0])  # of a divided layer the part that this process has
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise ValueError(f"EXL3 linear: the input is {x.dtype} {[*x.shape]}, the layer has {width} input features")
 
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
@@ -331,6 +339,7 @@ def _is_untouched(layer: nn.Module) -> bool:
 def _grouped(layers: list[Exl3Linear], x: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """`x` with the rows `bounds[i]` to `bounds[i + 1]` sent through `layers[i]`."""
     scales = [layer.scales for layer in layers]
+    layers[0].check_width(x, scales[0][0])
     return ops.grouped_linear(
         x,
         bounds,
