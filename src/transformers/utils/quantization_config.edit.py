@@ -23,6 +23,10 @@ class Exl3Config(QuantizationConfigMixin):
             Bits per weight of the output embeddings: one of the rates, or 16 for not quantized. Unset, the head stays
             as it is when a model is quantized. A head that is tied to the input embeddings and quantized becomes a
             matrix of its own.
+        embedding_bits (`int`, *optional*):
+            Bits per element of the input embeddings, from 1 to 8, or 16 for not quantized. Unset, they stay as they are
+            when a model is quantized. A head that is tied to them becomes a matrix of its own, whose `head_bits` have to
+            be set then.
         codebook (`str`, *optional*, defaults to `"mul1"`):
             What states decode to: `"mul1"`, `"mcg"` or `"3inst"`. In checkpoints each layer has its own, whatever
             stands here.
@@ -57,6 +61,7 @@ class Exl3Config(QuantizationConfigMixin):
         codebook: str | None = "mul1",
         modules_to_not_convert: list | None = None,
         overrides: dict[str, float] | None = None,
+        embedding_bits: int | None = None,
         effort: str = "default",
         dequantize: bool = False,
         **kwargs,
@@ -65,6 +70,7 @@ class Exl3Config(QuantizationConfigMixin):
         self.quant_method = QuantizationMethod.EXL3
         self.bits = bits
         self.head_bits = head_bits
+        self.embedding_bits = embedding_bits
         self.codebook = codebook
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides = overrides
@@ -85,6 +91,10 @@ class Exl3Config(QuantizationConfigMixin):
             raise ValueError(f"`bits` of Exl3Config has to be from 1 to 8, got {self.bits}")
         if self.head_bits not in (None, 16, *rates):
             raise ValueError(f"`head_bits` of Exl3Config has to be one of {rates}, 16 or None, got {self.head_bits}")
+        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in (None, 16, *range(1, 9)):
+            raise ValueError(
+                f"`embedding_bits` of Exl3Config has to be a whole number from 1 to 8, 16 or None, got {self.embedding_bits!r}"
+            )
         if self.codebook not in (None, "3inst", "mcg", "mul1"):
             raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
         if self.effort not in ("default", "fast"):
@@ -133,6 +143,6 @@ class Exl3Config(QuantizationConfigMixin):
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
-        written = ("bits", "head_bits", "codebook", "modules_to_not_convert", "overrides")
+        written = ("bits", "head_bits", "embedding_bits", "codebook", "modules_to_not_convert", "overrides")
         fields = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
         return copy.deepcopy({"quant_method": "exl3", **fields, **self.converter_fields})

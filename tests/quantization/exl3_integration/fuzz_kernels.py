@@ -264,7 +264,20 @@ def encode(rng):
     return {"weight": weight, "bits": bits, "codebook": codebook}, call, lambda *_: torch.tensor(True)
 
 
-CALLS = (linear, linear_kernel, input_grad, grouped, dequantize, decode, rotate, embedding, search, encode)
+def encode_embedding(rng):
+    weight = torch.randn(rng.randrange(1, 6), rng.randrange(1, 600)).to(rng.choice(DTYPES))
+
+    def call(weight, bits):
+        found = ops.embedding(torch.arange(len(weight)), *ops.encode_embedding(weight, bits, 0), weight.shape[1])
+        return (found - weight).norm() / weight.double().norm() < 0.1
+
+    return {"weight": weight, "bits": rng.choice((6, 7, 8))}, call, lambda *_: torch.tensor(True)
+
+
+CALLS = (
+    *(linear, linear_kernel, input_grad, grouped, dequantize, decode, rotate),
+    *(embedding, search, encode, encode_embedding),
+)
 
 
 def described(value):

@@ -125,7 +125,7 @@ class Exl3ConfigTest(unittest.TestCase):
 
     def test_what_is_asked_for_comes_back(self):
         given = {"bits": 2.5, "head_bits": 6, "codebook": "mcg", "modules_to_not_convert": ["lm_head", "layers.0"]}
-        given["overrides"] = {"*.down_proj": 4, "model.layers.0.*": 16}
+        given |= {"overrides": {"*.down_proj": 4, "model.layers.0.*": 16}, "embedding_bits": 8}
         config = Exl3Config(**given, dequantize=True)
         self.assertEqual(config.to_dict(), {"quant_method": "exl3", **given})
         self.assertEqual(Exl3Config.from_dict(config.to_dict()).to_dict(), config.to_dict())
@@ -184,6 +184,10 @@ class Exl3ConfigTest(unittest.TestCase):
             ("head_bits", 9, ValueError, "one of .*16 or None, got 9"),
             ("head_bits", "6", TypeError, "a number, got '6'"),
             ("head_bits", False, TypeError, "a number, got False"),
+            ("embedding_bits", 2.5, ValueError, "a whole number from 1 to 8, 16 or None, got 2.5"),
+            ("embedding_bits", 9, ValueError, "a whole number from 1 to 8, 16 or None, got 9"),
+            ("embedding_bits", "6", ValueError, "a whole number from 1 to 8, 16 or None, got '6'"),
+            ("embedding_bits", True, ValueError, "a whole number from 1 to 8, 16 or None, got True"),
             ("codebook", "qtip", ValueError, "`mul1`, `mcg` or `3inst`, got 'qtip'"),
             ("codebook", 3, ValueError, "`mul1`, `mcg` or `3inst`, got 3"),
             ("modules_to_not_convert", "lm_head", TypeError, "a list of names, got 'lm_head'"),

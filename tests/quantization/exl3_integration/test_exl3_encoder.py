@@ -26,7 +26,7 @@ from transformers.utils import is_torch_available, logging
 if is_torch_available():
     import torch
 
-    from transformers.integrations.exl3 import encoder, format, search
+    from transformers.integrations.exl3 import encoder, format, ops, search
     from transformers.integrations.exl3.hadamard import hadamard
     from transformers.integrations.exl3.kernels import cpu
 
@@ -350,6 +350,80 @@ class Exl3QuantizeWeightTest(unittest.TestCase):
             quantize(normal(5, 5), 0.5)
         with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'no'"):
             quantize(normal(5, 5), 2, "no")
+
+
+@require_torch
+class Exl3EmbeddingEncoderTest(unittest.TestCase):
+    def quantize(self, table, bits=4, **options):
+        best = cpu.search if cpu.LIBRARY.is_file() else search.search_reference
+        return encoder.quantize_embedding(table, bits, search=best, **options)
+
+    def rows(self, quantized, width):
+        return ops.embedding(torch.arange(len(quantized[0])), *quantized, width)
+
+    @parameterized.expand([bits for bits in BITS if bits == int(bits)])
+    def test_the_error_is_that_of_the_search(self, bits):
+        """On rows whose rings are whole; with scales of their own rings have less error at 8 bits than tiles have by one for all."""
+        table = normal(48, 512)
+        trellis, signs = quantized = self.quantize(table, bits)
+        self.assertEqual((trellis.dtype, list(trellis.shape)), (torch.int16, [48, 2 * (1 + 16 * bits)]))
+        self.assertEqual((signs.dtype, list(signs.shape)), (torch.float16, [2, 256]))
+        self.assertEqual(signs.abs().unique().tolist(), [1])
+        relative = float((self.rows(quantized, 512) - table).square().sum() / table.square().sum())
+        self.assertLess(relative, (0.96 if bits == 8 else 1.02) * EXACT_ERRORS["mul1"][bits])
+        self.assertGreater(relative, 4.0**-bits)
+
+    def test_states_pack_and_unpack(self):
+        for bits in (1, 3, 8):
+            states = search.search_reference(codable_tiles(2, bits, "mul1"), bits, "mul1")
+            words = format.pack_embedding_states(states, bits)
+            self.assertEqual((words.dtype, list(words.shape)), (torch.int16, [2, 16 * bits]))
+            self.assertTrue(torch.equal(format.unpack_embedding_states(words), states))
+
+    def test_scales_are_those_of_the_least_squared_error(self):
+        table = normal(5, 256)
+        trellis, signs = self.quantize(table, 2)
+        rings = hadamard(table * signs.float(), 256).double()
+        values = format.codebook_values("mul1")[format.unpack_embedding_states(trellis[:, 1:])].double()
+        best = (rings * values).sum(1) / values.square().sum(1)
+        torch.testing.assert_close(format.embedding_scales(trellis, 1).flatten(), best.half(), rtol=0, atol=0)
+
+    @parameterized.expand([1, 100, 255, 256, 257, 640])
+    def test_any_width(self, width):
+        table = normal(7, width).bfloat16()
+        rows = self.rows(self.quantize(table, 6), width)
+        self.assertLess(float((rows - table).norm() / table.float().norm()), 0.02)
+
+    def test_each_row_has_its_own_magnitude(self):
+        table = normal(6, 300) * torch.tensor([1e-3, 1, 1e3, 0, 1e-30, 1e-5])[:, None]
+        rows = self.rows(self.quantize(table, 6), 300)
+        for row in (0, 1, 2, 5):
+            self.assertLess(float((rows[row] - table[row]).norm() / table[row].norm()), 0.03)
+        self.assertEqual(int(rows[3:5].count_nonzero()), 0)  # zeros, and what fp16 has no scale for
+        with self.assertRaisesRegex(ValueError, "too large for fp16"):
+            self.quantize(normal(2, 300) * 1e30)
+
+    def test_threads_and_strips_do_not_change_the_bytes(self):
+        table, results, done = normal(20, 300), [], []
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        for count, strip in ((1, 1 << 19), (2, 1), (3, 3000)):
+            torch.set_num_threads(count)
+            with patch.object(encoder, "STRIP_ELEMENTS", strip):
+                results.append(self.quantize(table, 3, progress=done.append))
+        for other in results[1:]:
+            self.assertTrue(all(torch.equal(*pair) for pair in zip(results[0], other)))
+        self.assertEqual((sum(done), len(done)), (3 * 20 * 300, 1 + 20 + 4))
+
+    def test_what_cannot_be_quantized(self):
+        for table, bits, message in (
+            (normal(5), 4, "matrices of floating point numbers"),
+            (torch.full((2, 2), float("nan")), 4, r"4 of 4 values are not finite"),
+            (normal(5, 5), 2.5, "no embedding tables of 2.5 bits"),
+            (normal(5, 5), 9, "no rate of 9 bits"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                self.quantize(table, bits)
 
 
 @require_torch

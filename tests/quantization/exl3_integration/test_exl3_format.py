@@ -444,3 +444,4 @@ class Exl3OperatorsTest(unittest.TestCase):
         ids = torch.tensor([[5, 0], [3, 3]])
         torch.library.opcheck(ops.embedding, (ids, table["trellis"], table["signs"], 640))
         torch.library.opcheck(ops.encode, (torch.randn(100, 130), 1, "mul1", 7))
+        torch.library.opcheck(ops.encode_embedding, (torch.randn(3, 300), 1, 7))

@@ -37,7 +37,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.integrations.exl3 import format
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from transformers.integrations.exl3.modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
@@ -287,6 +287,66 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual((quantized.lm_head.bits, quantized.model.layers[0].mlp.up_proj.bits), (6, 2))
         quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=16))
         self.assertIs(type(quantized.lm_head), nn.Linear)
+
+    @parameterized.expand(
+        [
+            ("llama", None, Exl3Embedding, nn.Linear),
+            ("llama", 6, Exl3Embedding, Exl3Linear),
+            ("llama_tied", 8, Exl3Embedding, Exl3Linear),
+            ("llama_tied", 16, Exl3Embedding, nn.Linear),
+            ("gemma3_text", 8, Exl3Embedding, Exl3Linear),  # scales its rows
+            ("gemma3", 16, Exl3Embedding, nn.Linear),
+            ("gpt2", 8, Exl3Embedding, Exl3Linear),
+            ("bert", None, Exl3Embedding, type(None)),
+        ]
+    )
+    def test_embeddings(self, name, head_bits, *kinds):
+        """Quantized, saved, loaded and dequantized embeddings, and what becomes of the head."""
+        quantized, model = self.quantize(name, Exl3Config(bits=8, head_bits=head_bits, embedding_bits=8))
+        found = (type(quantized.get_input_embeddings()), type(quantized.get_output_embeddings()))
+        self.assertEqual(found, kinds)
+        result = outputs(quantized, name)
+        self.assertLess(error(result, outputs(model, name)), 0.05)
+        table = model.get_input_embeddings().weight
+        for layer in quantized.get_input_embeddings(), quantized.get_output_embeddings():
+            if isinstance(layer, Exl3Module):
+                self.assertFalse(layer.pending)
+        if name == "llama_tied" and head_bits == 16:
+            self.assertTrue(torch.equal(quantized.lm_head.weight, table))
+        with tempfile.TemporaryDirectory() as folder:
+            quantized.save_pretrained(folder)
+            tensors = read_tensors(folder)
+            loaded, info = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
+        self.assertEqual(loaded.config.quantization_config.embedding_bits, 8)
+        (path,) = [tensor.removesuffix(".signs") for tensor in tensors if tensor.endswith(".signs")]
+        trellis, signs = tensors[f"{path}.trellis"], tensors[f"{path}.signs"]
+        self.assertEqual((trellis.dtype, list(trellis.shape)), (torch.int16, [len(table), 1 + 16 * 8]))
+        self.assertEqual((signs.dtype, list(signs.shape)), (torch.float16, [1, 256]))
+        self.assertNotIn(f"{path}.weight", tensors)
+        self.assertTrue(torch.equal(outputs(loaded, name), result))
+        plain = loaded.dequantize()
+        self.assertLess(error(plain.get_input_embeddings().weight, table), 0.006)
+        self.assertLess(error(outputs(plain, name), result), 1e-5)
+
+    @parameterized.expand(
+        [
+            ("llama_tied", "the head of LlamaForCausalLM is tied to the input embeddings: .* Set `head_bits`, too"),
+            (
+                "t5",
+                "decoder.embed_tokens.weight, encoder.embed_tokens.weight, lm_head.weight of T5.* are tied to the input",
+            ),
+            ("dinov2", "the input embeddings of Dinov2Model are Dinov2PatchEmbeddings, no plain table. Unset it"),
+        ]
+    )
+    def test_embeddings_that_cannot_be_quantized_are_an_error(self, name, message):
+        with self.assertRaisesRegex(ValueError, f"`embedding_bits` is set.*{message}"):
+            self.quantize(name, Exl3Config(bits=1, embedding_bits=4))
+
+    def test_embeddings_to_be_quantized_and_left_are_an_error(self):
+        config = Exl3Config(bits=1, embedding_bits=4, modules_to_not_convert=["embed_tokens"])
+        with self.assertRaisesRegex(ValueError, "`embedding_bits` of 4 asks for model.embed_tokens to be quantized, and"):
+            self.quantize("llama", config)
 
     @parameterized.expand([(1.5, "mcg"), (2.5, "3inst")])
     def test_half_a_bit_for_the_head_needs_its_codebook(self, bits, codebook):

@@ -57,6 +57,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether `module` is one that `Exl3Embedding` can stand for: a plain table, or one that only scales its rows."""
+    return isinstance(module, nn.Embedding) and (type(module) is nn.Embedding or hasattr(module, "embed_scale"))
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` is experts with fused 3-D weights of a layout that `Exl3Experts` can stand for."""
     own = {name for name, _ in module.named_parameters(recurse=False)}

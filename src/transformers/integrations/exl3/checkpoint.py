@@ -225,6 +225,16 @@ def _one(tensors, *names) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def embedding_tensors(rows: int, width: int, bits: int) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized embedding table of `rows` rows of `width` (unpadded) elements, on the meta device."""
+    groups = -(-width // format.EMBEDDING_GROUP)
+    with torch.device("meta"):
+        return {
+            "trellis": torch.empty(rows, groups * (1 + format.TILE * bits), dtype=torch.int16),
+            "signs": torch.empty(groups, format.EMBEDDING_GROUP, dtype=torch.float16),
+        }
+
+
 def linear_tensors(
     in_features: int, out_features: int, bits: float, codebook: str, bias: bool
 ) -> dict[str, torch.Tensor]:

@@ -33,6 +33,10 @@ from .search import INPUT_RMS, search_reference
 STRIP_ELEMENTS = 1 << 19  # about as many weights are regularized and searched at a time: bounds the scratch memory
 ACCELERATOR_STRIP_ELEMENTS = 1 << 22  # the same where there is more to be kept busy
 BALANCE_ROUNDS = 10  # alternations of rows and columns that bring the energies of blocks together
+# A ring of an embedding table has a scale of its own, and above 4 bits, where clipping costs most, it is brought to what its
+# own peak suits: to this RMS, but no value beyond this peak. Against `INPUT_RMS` for all it saves 0.3 dB at 8 bits and 0.16 dB
+# at 6 on N(0, 1); 0.2 to either side of the peak cost 0.03 dB at 6 bits.
+RING_RMS, RING_PEAK = 0.92, 3.0
 FP16_EXPONENT = 15  # scales start below 2**15, fp16 ends at 2**16: room for fitting them again
 
 
@@ -121,6 +125,60 @@ def quantize_weight(
     return trellis, _to_fp16(suh), _to_fp16(svh)
 
 
+def quantize_embedding(
+    weight: torch.Tensor,
+    bits: int,
+    seed: int = 0,
+    effort: str = "default",
+    search: Callable = search_reference,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize an embedding table without data: rows of rings of 256 elements, each with its scale, to be decoded one by one.
+
+    Args:
+        weight (`torch.Tensor`): `[vocab, hidden]`, of any floating dtype.
+        bits (`int`): Bits per element, from 1 to 8. Rows are padded to multiples of 256 elements, which count.
+        seed, effort, search, progress (*optional*): As in `quantize_weight`.
+
+    Returns:
+        `tuple(torch.Tensor)`: `trellis` int16 `[vocab, G(1+16K)]` and `signs` fp16 `[G, 256]`, with `G = ceil(hidden / 256)`.
+        Rings of zeros have the scale 0, and so have those that are too small for fp16.
+
+    Raises:
+        ValueError: As `quantize_weight`, and for half-integer rates.
+    """
+    bits = format.check_bits(bits)
+    if bits != int(bits):
+        raise ValueError(f"EXL3 has no embedding tables of {bits:g} bits: the rate has to be a whole number")
+    _check(weight)
+    groups = -(-weight.shape[1] // format.EMBEDDING_GROUP)
+    width = groups * format.EMBEDDING_GROUP
+    signs = random_signs(width, seed, 0, weight.device)
+    values = format.codebook_values("mul1", weight.device).float()
+    trellis = torch.empty(weight.shape[0], groups, 1 + 16 * bits, dtype=torch.int16, device=weight.device)
+    step = max(_strip_elements(weight) // width, 1)
+    for start in range(0, weight.shape[0], step):
+        rows = torch.nn.functional.pad(weight[start : start + step].detach().double(), (0, width - weight.shape[1]))
+        rings = hadamard((rows * signs).view(-1, format.EMBEDDING_GROUP), format.EMBEDDING_GROUP)
+        states = search(_divide(rings, _ring_scales(rings, bits)).float(), bits, "mul1", effort)
+        decoded = values[states].double()
+        scales = _to_fp16(_divide(_sum(decoded * rings, 1), _sum(decoded * decoded, 1)))
+        words = torch.cat((scales.view(torch.int16)[:, None], format.pack_embedding_states(states, bits)), 1)
+        trellis[start : start + step] = words.unflatten(0, (-1, groups))
+        if progress is not None:
+            progress(rows.shape[0] * weight.shape[1])
+    return trellis.flatten(1), signs.half().view(groups, format.EMBEDDING_GROUP)
+
+
+def _ring_scales(rings, bits):
+    """What float64 `rings` `[n, 256]` are divided by for the search, `[n, 1]`; 0 for rings of zeros."""
+    peak = rings.abs().amax(1, True)
+    rms = (_sum(_divide(rings, peak).square(), 1)[:, None] / format.EMBEDDING_GROUP).sqrt()
+    if bits <= 4:
+        return peak * rms / INPUT_RMS["mul1"][bits]
+    return torch.maximum(peak * rms / RING_RMS, peak / RING_PEAK)
+
+
 def _input_rms(bits, codebook):
     if codebook not in INPUT_RMS:
         raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
@@ -146,8 +204,11 @@ def _check(weight):
 
 def _strip_rows(weight):
     """How many rows of `weight` are worked on at a time: whole blocks."""
-    elements = STRIP_ELEMENTS if weight.device.type == "cpu" else ACCELERATOR_STRIP_ELEMENTS
-    return max(elements // format.padded(weight.shape[1]) // format.BLOCK, 1) * format.BLOCK
+    return max(_strip_elements(weight) // format.padded(weight.shape[1]) // format.BLOCK, 1) * format.BLOCK
+
+
+def _strip_elements(weight):
+    return STRIP_ELEMENTS if weight.device.type == "cpu" else ACCELERATOR_STRIP_ELEMENTS
 
 
 def _strips(weight):

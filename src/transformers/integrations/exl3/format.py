@@ -199,6 +199,16 @@ def unpack_embedding_states(rings: torch.Tensor) -> torch.Tensor:
     return (states & 0xFFFF).to(torch.int32)
 
 
+def pack_embedding_states(states: torch.Tensor, bits: int) -> torch.Tensor:
+    """The states `[..., 256]` of rings to their int16 words `[..., 16K]`, the inverse of `unpack_embedding_states`.
+
+    The states must be those of a ring, as for `pack_states`: both packings are of the same code.
+    """
+    bit = (states.to(torch.int32).unsqueeze(-1) >> torch.arange(bits, device=states.device)) & 1
+    words = bit.flatten(-2).unflatten(-1, (16 * bits, 16)) << torch.arange(16, device=states.device)
+    return words.sum(-1).to(torch.int32).to(torch.int16)
+
+
 def embedding_bits(trellis: torch.Tensor, signs: torch.Tensor) -> int:
     """Bits an element of a quantized embedding table, from the shapes of `trellis` `[vocab, G(1+16K)]` and `signs` `[G, 256]`.
 

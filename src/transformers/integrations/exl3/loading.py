@@ -309,9 +309,14 @@ class Exl3Quantize(ConversionOps):
         waiting = [(path, parameter)] if parameter in getattr(model.get_submodule(path), "pending", ()) else []
         if not waiting:
             result[name] = value
-        waiting += [(head, "weight") for head in quantizer.heads_tied_to(name)]
+        # The embeddings last: when they have come, the name that the value is for is gone.
+        waiting = [(head, "weight") for head in quantizer.heads_tied_to(name)] + waiting
         for path, parameter in waiting:
             module = model.get_submodule(path)
+            if not isinstance(module, Exl3Module):  # a head that is not quantized, and no longer tied to what is
+                result[f"{path}.{parameter}"] = value
+                missing_keys.discard(f"{path}.{parameter}")
+                continue
             gathered = _gathered(
                 value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape
             )
@@ -371,14 +376,10 @@ def quantize_parameter(
             result[f"{name}.bias"] = _stored_bias(name, view, linear)
             continue
         try:
-            tensors = ops.encode_with_progress(
-                view, linear.bits, linear.codebook, encoder.seed_of(name), effort, progress
-            )
+            tensors = linear.encoded(view, encoder.seed_of(name), effort, progress)
         except ValueError as error:
             raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
-        result |= {f"{name}.{tensor}": value for tensor, value in zip(("trellis", "suh", "svh"), tensors)}
-        if linear.codebook in format.MARKERS:
-            result[f"{name}.{linear.codebook}"] = format.marker(linear.codebook).to(value.device)
+        result |= {f"{name}.{tensor}": value for tensor, value in tensors.items()}
     module.arrived(parameter)
     return result
 

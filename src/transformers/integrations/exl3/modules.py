@@ -244,6 +244,14 @@ class Exl3Linear(Exl3Module, nn.Linear):
         if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(f"EXL3 linear: the input is {x.dtype} {[*x.shape]}, the layer has {width} input features")
 
+    def encoded(self, weight: torch.Tensor, seed: int, effort: str, progress=None) -> dict[str, torch.Tensor]:
+        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `ops.encode`."""
+        tensors = ops.encode_with_progress(weight, self.bits, self.codebook, seed, effort, progress)
+        stored = dict(zip(("trellis", "suh", "svh"), tensors))
+        if self.codebook in format.MARKERS:
+            stored[self.codebook] = format.marker(self.codebook).to(weight.device)
+        return stored
+
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
         if hasattr(self.trellis, "to_local"):
@@ -498,6 +506,13 @@ class Exl3Embedding(Exl3Module):
         scale = getattr(plain, "scalar_embed_scale", None)
         self.embed_scale = float(plain.embed_scale) if scale is None and hasattr(plain, "embed_scale") else scale
 
+    def empty_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
+        plain = super().empty_plain(dtype)
+        if "embed_scale" in plain._buffers:  # on the meta device still, as the rest of the table is kept
+            scale = torch.tensor(self.embed_scale, device=self.device)
+            plain._buffers = {**plain._buffers, "embed_scale": scale}
+        return plain
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self._rows(ids).to(self.plain_dtype)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)
@@ -505,9 +520,21 @@ class Exl3Embedding(Exl3Module):
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         return ops.embedding(ids, self.trellis.view(torch.int16), self.signs, self.embedding_dim)
 
+    def encoded(self, weight: torch.Tensor, seed: int, effort: str, progress=None) -> dict[str, torch.Tensor]:
+        """What stores `weight` `[num_embeddings, embedding_dim]` here: tensors by name. Arguments as of `ops.encode_embedding`."""
+        bits = format.embedding_bits(self.trellis, self.signs)
+        return dict(
+            zip(("trellis", "signs"), ops.encode_embedding_with_progress(weight, bits, seed, effort, progress))
+        )
+
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight`, fp32 `[num_embeddings, embedding_dim]`."""
-        return self._rows(torch.arange(self.num_embeddings, device=self.device))
+        weight = torch.empty(self.num_embeddings, self.embedding_dim, device=self.device)
+        rows = max(ops.STRIP_ELEMENTS // self.signs.numel() // 8, 1)  # their states are made of single bits
+        for start in range(0, self.num_embeddings, rows):
+            stop = min(start + rows, self.num_embeddings)
+            weight[start:stop] = self._rows(torch.arange(start, stop, device=self.device))
+        return weight
 
     def plain_views(self, name, tensor):
         yield "", name, tensor

@@ -22,6 +22,7 @@ The operators of EXL3, registered with `torch.library`, and the choice of what c
 | `exl3::dequantize`          | the weight as `nn.Linear` keeps it, `[out, in]`                                   |
 | `exl3::embedding`           | rows of a quantized embedding table                                               |
 | `exl3::encode`              | trellis and scales of a weight                                                    |
+| `exl3::encode_embedding`    | rings and signs of an embedding table                                             |
 
 `W = diag(suh) B inner B diag(svh)` with the names of `format.py`. Activations are rotated instead of weights, products are
 accumulated in fp32, and a large `inner` is decoded in strips, so that no operator holds a dense copy of a weight.
@@ -443,9 +444,42 @@ def _(weight, bits, codebook, seed, effort="default"):
 
 def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None):
     """`encode`, calling `progress(n)` whenever `n` more weights are done."""
-    search = encoder.search_reference
-    if gpu.is_available(weight.device) and gpu.has_search(weight.device):
-        search = gpu.search
-    elif weight.device.type == "cpu" and cpu.is_available():
-        search = cpu.search
-    return encoder.quantize_weight(weight, bits, codebook, seed, effort, search, progress)
+    return encoder.quantize_weight(weight, bits, codebook, seed, effort, _search_on(weight.device), progress)
+
+
+@torch.library.custom_op("exl3::encode_embedding", mutates_args=())
+def encode_embedding(
+    weight: torch.Tensor, bits: int, seed: int, effort: str = "default"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Quantize an embedding table without data.
+
+    Args:
+        weight (`torch.Tensor`): `[vocab, hidden]`, floating.
+        bits (`int`): Bits per element, from 1 to 8.
+        seed (`int`): Of the random signs.
+        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
+
+    Returns:
+        `tuple(torch.Tensor)`: `trellis` int16 `[vocab, G(1+16K)]` and `signs` fp16 `[G, 256]`, as `embedding` takes them.
+    """
+    return encode_embedding_with_progress(weight, bits, seed, effort)
+
+
+@encode_embedding.register_fake
+def _(weight, bits, seed, effort="default"):
+    groups = -(-weight.shape[1] // format.EMBEDDING_GROUP)
+    trellis = weight.new_empty(weight.shape[0], groups * (1 + format.TILE * bits), dtype=torch.int16)
+    return trellis, weight.new_empty(groups, format.EMBEDDING_GROUP, dtype=torch.float16)
+
+
+def encode_embedding_with_progress(weight, bits, seed, effort="default", progress=None):
+    """`encode_embedding`, calling `progress(n)` whenever `n` more elements are done."""
+    return encoder.quantize_embedding(weight, bits, seed, effort, _search_on(weight.device), progress)
+
+
+def _search_on(device: torch.device):
+    """What searches the trellis there."""
+    if gpu.is_available(device) and gpu.has_search(device):
+        return gpu.search
+    return cpu.search if device.type == "cpu" and cpu.is_available() else encoder.search_reference

@@ -33,6 +33,7 @@ from .architecture import (
     EXPERT_ROLES,
     FUSED,
     expert_sizes,
+    is_embedding,
     is_experts,
     is_linear,
     linear_sizes,
@@ -267,9 +268,7 @@ class Placement:
 
     def _embedding(self, name: str, path: str, tensors) -> Exl3Embedding | None:
         plain = self._paths.get(path)
-        if not isinstance(plain, nn.Embedding) or (
-            type(plain) is not nn.Embedding and not hasattr(plain, "embed_scale")
-        ):
+        if not is_embedding(plain):
             self._problems.append(
                 f"{name} is a quantized embedding table, and the model has {type(plain).__name__} at {path}"
             )

@@ -20,9 +20,19 @@ from ...core_model_loading import WeightConverter
 from ...quantizers.quantizers_utils import should_convert_module
 from ...utils import logging
 from .allocation import PLAIN, allocate_bits, override_bits, table_of_bits
-from .architecture import EXPERT_ROLES, FUSED, expert_sizes, is_experts, is_linear, linear_sizes, part_sizes, untie
-from .checkpoint import linear_tensors
-from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from .architecture import (
+    EXPERT_ROLES,
+    FUSED,
+    expert_sizes,
+    is_embedding,
+    is_experts,
+    is_linear,
+    linear_sizes,
+    part_sizes,
+    untie,
+)
+from .checkpoint import embedding_tensors, linear_tensors
+from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
 from .selection import selected
 
 
@@ -104,6 +114,15 @@ class Plan:
             self.bits[head] = {"": config.head_bits}
             sizes[head] = self._sizes(head)
             self._untie_head(head)
+        if config.embedding_bits not in (None, PLAIN):
+            embedding = self._embedding(head, config)
+            if selected(own, [*self._paths], [embedding]):
+                raise ValueError(
+                    f"`embedding_bits` of {config.embedding_bits} asks for {embedding} to be quantized, and "
+                    f"`modules_to_not_convert` ({own}) for it to be left as it is. Unset one of them."
+                )
+            self.bits[embedding] = {"": config.embedding_bits}
+            sizes[embedding] = {"": self._paths[embedding].weight.numel()}
         if not self.bits:
             raise ValueError(
                 f"There is nothing to quantize in {type(model).__name__}: no `nn.Linear` or `Conv1D` (no subclass of these) is left "
@@ -162,7 +181,7 @@ class Plan:
         if not is_experts(module):
             return {path, _join(path, part), _join(parent, part)}
         parameter = "down_proj" if part == "down" else "gate_up_proj" if "gate" in self._roles(module) else "up_proj"
-        names = {parameter, self._expert_names[part], f"{part}_proj"}
+        names = {parameter, self._expert_names[part], f"{part}_proj", part}
         return {path, *(_join(path, name) for name in names)}
 
     @staticmethod
@@ -192,6 +211,32 @@ class Plan:
         head = self.model.get_output_embeddings()
         return next((path for path, module in self._paths.items() if module is head and is_linear(module)), None)
 
+    def _embedding(self, head: str | None, config) -> str:
+        """Path of the input embeddings, if they can be quantized."""
+        table, kind = self.model.get_input_embeddings(), type(self.model).__name__
+        path = next((path for path, module in self._paths.items() if module is table), None)
+        if path is None or not is_embedding(table):
+            raise ValueError(
+                f"`embedding_bits` is set and the input embeddings of {kind} are {type(table).__name__}, no plain table. Unset it."
+            )
+        tied = self.model.all_tied_weights_keys
+        weight = f"{path}.weight"
+        group = {weight, tied.get(weight, weight)}
+        tied_to = sorted({name for pair in tied.items() if group & {*pair} for name in pair} - {weight})
+        if tied_to == [f"{head}.weight"]:
+            if config.head_bits is None:
+                raise ValueError(
+                    f"`embedding_bits` is set, and the head of {kind} is tied to the input embeddings: a head cannot be tied to "
+                    "a quantized table, it becomes a matrix of its own. Set `head_bits`, too: to a rate, or to 16 for a float head."
+                )
+            self._untie_head(head)
+        elif tied_to:
+            raise ValueError(
+                f"`embedding_bits` is set, and {', '.join(tied_to)} of {kind} are tied to the input embeddings: that is not possible "
+                "with a quantized table. Unset it."
+            )
+        return path
+
     def _untie_head(self, head: str):
         source = self.model.all_tied_weights_keys.get(f"{head}.weight")
         if source is not None:
@@ -205,6 +250,8 @@ class Plan:
 
     def _build(self, path: str, bits: dict[str, float]) -> Exl3Module:
         module = self._paths[path]
+        if isinstance(module, nn.Embedding):
+            return Exl3Embedding(embedding_tensors(module.num_embeddings, module.embedding_dim, bits[""]), module)
         if is_experts(module):
             return self._experts(path, module, bits)
         in_features, out_features = linear_sizes(module)
