@@ -345,7 +345,9 @@ class Exl3QuantizingTest(unittest.TestCase):
 
     def test_embeddings_to_be_quantized_and_left_are_an_error(self):
         config = Exl3Config(bits=1, embedding_bits=4, modules_to_not_convert=["embed_tokens"])
-        with self.assertRaisesRegex(ValueError, "`embedding_bits` of 4 asks for model.embed_tokens to be quantized, and"):
+        with self.assertRaisesRegex(
+            ValueError, "`embedding_bits` of 4 asks for model.embed_tokens to be quantized, and"
+        ):
             self.quantize("llama", config)
 
     @parameterized.expand([(1.5, "mcg"), (2.5, "3inst")])
