@@ -179,7 +179,7 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
         from ..integrations.exl3.loading import finish_modules
-        from ..integrations.exl3.saving import SaveWithTensorStorage
+        from ..integrations.exl3.saving import guard_saving
 
         if self.progress_bar is None:
             finish_modules(model)
@@ -188,15 +188,16 @@ class Exl3HfQuantizer(HfQuantizer):
             self.progress_bar.close()
         self.placement = self.plan = self.progress_bar = None
         if not self.quantization_config.dequantize:
-            model.save_pretrained = SaveWithTensorStorage(model)
+            guard_saving(model)
         return model
 
     def _dequantize(self, model, dtype=None):
         from ..integrations.exl3.loading import dequantize_modules
+        from ..integrations.exl3.saving import release_saving
 
         # Saving leaves the config's dtype as a string.
         dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        del model.save_pretrained
+        release_saving(model)
         return model
 
     def is_serializable(self) -> bool:

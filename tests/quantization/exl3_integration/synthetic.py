@@ -25,10 +25,10 @@ from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.hadamard import hadamard
 
 
-def save_quantized(model, folder: str):
-    """Write a checkpoint of `model` with random codes for its linear layers."""
+def save_quantized(model, folder: str, match: str = ""):
+    """Write a checkpoint of `model` with random codes for its linear layers, those whose names have `match`."""
     checkpoint = SyntheticCheckpoint(model)
-    checkpoint.quantize_all()
+    checkpoint.quantize_all(match)
     checkpoint.save(folder, checkpoint.tensors)
 
 

@@ -13,17 +13,22 @@
 # limitations under the License.
 """How EXL3 checkpoints are saved: with a `quantization_config.json`, and whole before they take the place of others."""
 
+import contextlib
+import functools
 import inspect
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import weakref
 
-from ...modeling_utils import _add_variant
+from ...modeling_utils import PreTrainedModel, _add_variant
 from ...utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import format
 from .checkpoint import read_checkpoint, read_header
+from .modules import Exl3Module
 
 
 UNFINISHED = ".unfinished"  # where files are written first, in the folder that they are for
@@ -60,14 +65,30 @@ class SaveWithTensorStorage:
     places when all are written. What stops it before that leaves the folder as it was.
 
     Upstream's quantizers see the tensors that are saved, but not where: hence this wrapper, an attribute of the model
-    that is copied and pickled with it.
+    that is copied and pickled with it. It looks like the method that it stands for, and does not keep the model alive.
 
     Args:
         model (`PreTrainedModel`): The model whose class's `save_pretrained` does the rest.
     """
 
     def __init__(self, model):
-        self.model = model
+        save = type(model).save_pretrained
+        functools.update_wrapper(self, save)
+        self.__signature__ = inspect.signature(save.__get__(model))
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self):
+        model = self._model()
+        if model is None:
+            raise ReferenceError("The model that this `save_pretrained` is of has been deleted.")
+        return model
+
+    def __reduce__(self):
+        return type(self), (self.model,)
+
+    def __deepcopy__(self, memo):
+        return type(self)(memo[id(self.model)])  # the copy of the model, which is being made
 
     def __call__(self, *args, **kwargs):
         model = self.model
@@ -86,7 +107,8 @@ class SaveWithTensorStorage:
         asked = getattr(model.config, "distributed_config", None)
         model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
         try:
-            save(*call.args, **call.kwargs)
+            with _logging_paths(os.path.join(folder, UNFINISHED), os.fspath(folder)):
+                save(*call.args, **call.kwargs)
             if is_writer:
                 if not getattr(model, "_hf_peft_config_loaded", False):
                     self._write_tensor_storage(unfinished)
@@ -105,6 +127,53 @@ class SaveWithTensorStorage:
         storage = {"tensor_storage": tensor_storage(files)}
         with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
             json.dump(self.model.config.quantization_config.to_dict() | storage, file, indent=4)
+
+
+class RefuseToSave:
+    """Stands for the `save_pretrained` of a model inside a quantized one, which has no config that says so."""
+
+    def __init__(self, part: str, whole: str):
+        self.part, self.whole = part, whole
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(
+            f"This {self.part} is a part of a quantized {self.whole}, and saved alone it would be loaded without its quantized "
+            f"weights. Save the {self.whole}, or call its `dequantize` first."
+        )
+
+
+def guard_saving(model):
+    """Have the quantized `model` saved as EXL3 is, and refuse to save models inside of it that have quantized weights."""
+    model.save_pretrained = SaveWithTensorStorage(model)
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel):
+            if any(isinstance(module, Exl3Module) for module in part.modules()):
+                part.save_pretrained = RefuseToSave(type(part).__name__, type(model).__name__)
+
+
+def release_saving(model):
+    """Undo `guard_saving`: `model` is a plain one now."""
+    for part in model.modules():
+        vars(part).pop("save_pretrained", None)
+
+
+@contextlib.contextmanager
+def _logging_paths(path: str, instead: str):
+    """Have what Transformers logs name `instead` where it names `path`."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(path, instead), ()
+        return True
+
+    root = __name__.partition(".")[0]
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(root)]
+    for logger in loggers:
+        logger.addFilter(rename)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(rename)
 
 
 def _move(source: str, folder: str | os.PathLike, variant: str | None):

@@ -1,0 +1,111 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import gc
+import inspect
+import logging as python_logging
+import pickle
+import pydoc
+import tempfile
+import unittest
+import weakref
+
+import torch
+from parameterized import parameterized
+
+from transformers import LlamaForCausalLM
+from transformers.testing_utils import CaptureLogger, require_accelerate, require_torch
+from transformers.utils import logging
+
+from .synthetic import read_tensors, save_quantized
+from .tiny_models import tiny_model
+
+
+@require_torch
+@require_accelerate
+class Exl3SavingTest(unittest.TestCase):
+    """What the attribute `save_pretrained` of a quantized model is like, beside that it saves."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def load(self, name="llama"):
+        """A quantized model, whose vision tower, if it has one, stays plain."""
+        model, auto_class = tiny_model(name)
+        save_quantized(model, self.folder, match="layers.0")
+        return auto_class.from_pretrained(self.folder)
+
+    def test_a_deleted_model_is_gone_at_once(self):
+        model = self.load()
+        gc.collect()
+        gc.disable()
+        try:
+            alive, weight = weakref.ref(model), weakref.ref(model.model.layers[0].mlp.up_proj.trellis)
+            save = model.save_pretrained
+            del model
+            self.assertIsNone(alive())
+            self.assertIsNone(weight())
+        finally:
+            gc.enable()
+        with self.assertRaisesRegex(ReferenceError, "has been deleted"):
+            save(self.folder)
+
+    @parameterized.expand([("copy", copy.deepcopy), ("pickle", lambda model: pickle.loads(pickle.dumps(model)))])
+    def test_a_copy_saves_itself(self, _, made):
+        other = made(self.load())
+        with torch.no_grad():
+            other.model.norm.weight.fill_(3)
+        with tempfile.TemporaryDirectory() as folder:
+            other.save_pretrained(folder)
+            torch.testing.assert_close(read_tensors(folder)["model.norm.weight"], other.model.norm.weight.detach())
+
+    def test_it_looks_like_the_method_that_it_stands_for(self):
+        found, expected = self.load().save_pretrained, LlamaForCausalLM(tiny_model("llama")[0].config).save_pretrained
+        self.assertEqual(inspect.signature(found), inspect.signature(expected))
+        self.assertEqual((found.__name__, found.__doc__), (expected.__name__, expected.__doc__))
+        self.assertIn("push_to_hub", pydoc.render_doc(found))
+
+    def test_no_folder_for_unfinished_files_is_logged(self):
+        model, root = self.load(), python_logging.getLogger("transformers")
+        before = logging.get_verbosity()
+        logging.set_verbosity_info()
+        try:
+            with tempfile.TemporaryDirectory() as folder, CaptureLogger(root) as captured:
+                model.save_pretrained(folder)
+        finally:
+            logging.set_verbosity(before)
+        self.assertIn(f"{folder}/model.safetensors", captured.out)
+        self.assertIn(f"{folder}/config.json", captured.out)
+        self.assertNotIn(".unfinished", captured.out)
+
+    @parameterized.expand([("qwen2_5_vl", "model.language_model"), ("llama", "model")])
+    def test_a_part_with_quantized_weights_is_not_saved_alone(self, name, path):
+        model = self.load(name)
+        part = model.get_submodule(path)
+        with tempfile.TemporaryDirectory() as folder:
+            with self.assertRaisesRegex(
+                ValueError, f"{type(part).__name__} is a part of a quantized {type(model).__name__}"
+            ):
+                part.save_pretrained(folder)
+            model.dequantize()
+            part.save_pretrained(folder)
+            self.assertTrue(read_tensors(folder))
+
+    def test_a_part_without_quantized_weights_is_saved(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.load("qwen2_5_vl").model.visual.save_pretrained(folder)
+            self.assertTrue(read_tensors(folder))
