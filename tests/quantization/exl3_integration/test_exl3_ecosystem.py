@@ -42,6 +42,8 @@ from transformers import (
     ContinuousBatchingConfig,
     Exl3Config,
     GenerationConfig,
+    RobertaConfig,
+    RobertaModel,
     pipeline,
 )
 from transformers.integrations.exl3.modules import Exl3Linear
@@ -208,6 +210,26 @@ class Exl3EcosystemTest(unittest.TestCase):
         self.assertIs(type(model.score), nn.Linear)
         self.assertTrue(0 < float(model.score.weight.std()) < 0.1)
         self.assertIsInstance(model.model.layers[0].mlp.up_proj, Exl3Linear)
+
+    def test_a_new_head_on_a_model_that_is_quantized_on_the_fly(self):
+        """It is trained, so it stays as it is: all layers of it, also those that the default for heads does not name."""
+        config = RobertaConfig(
+            hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=99
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=3, quantization_config=Exl3Config(bits=2), output_loading_info=True
+            )
+        layers = {
+            name: type(module) for name, module in model.classifier.named_children() if hasattr(module, "weight")
+        }
+        self.assertEqual(layers, {"dense": nn.Linear, "out_proj": nn.Linear})
+        self.assertIn("classifier.dense.weight", info["missing_keys"])
+        self.assertTrue(all(parameter.requires_grad for parameter in model.classifier.parameters()))
+        self.assertIsInstance(model.roberta.encoder.layer[0].output.dense, Exl3Linear)
+        model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([1])).loss.backward()
+        self.assertGreater(float(model.classifier.dense.weight.grad.abs().max()), 0)
 
     def test_more_tokens(self):
         """A quantized head becomes a float one when tokens are added, with the same logits for the old ones."""

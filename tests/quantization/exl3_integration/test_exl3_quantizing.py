@@ -572,7 +572,21 @@ class Exl3QuantizingTest(unittest.TestCase):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
         self.assertIn(f"{message} cannot be quantized", "".join(logs.output))
 
-    def test_weights_that_the_checkpoint_lacks_are_initialised_and_then_quantized(self):
+    def test_experts_that_the_checkpoint_has_but_in_part_stay_plain(self):
+        """What came is as it was, what did not is initialised."""
+        folder, model, auto_class = self.source("gpt_oss")
+        state = {name: value for name, value in model.state_dict().items() if not name.endswith("gate_up_proj")}
+        with tempfile.TemporaryDirectory() as other:
+            model.save_pretrained(other, state_dict=state)
+            quantized = auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=8))
+        experts, expected = (m.model.layers[0].mlp.experts for m in (quantized, model))
+        self.assertIs(type(experts), type(expected))
+        error_of_coding = error(experts.down_proj.detach(), expected.down_proj.detach())
+        self.assertLess(error_of_coding, 0.01)
+        torch.testing.assert_close(experts.down_proj_bias, expected.down_proj_bias, rtol=0, atol=1e-3)
+        self.assertGreater(float(experts.gate_up_proj.detach().std()), 0)
+
+    def test_weights_that_the_checkpoint_lacks_are_initialised_and_stay_plain(self):
         folder, model, auto_class = self.source("llama")
         state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
         with tempfile.TemporaryDirectory() as other:
@@ -581,8 +595,11 @@ class Exl3QuantizingTest(unittest.TestCase):
                 other, quantization_config=Exl3Config(bits=4), output_loading_info=True
             )
         self.assertIn("model.layers.1.mlp.up_proj.weight", info["missing_keys"])
-        weight = quantized.model.layers[1].mlp.up_proj.weight
-        self.assertTrue(0.01 < weight.std() < 0.04)  # `initializer_range` is 0.02
+        layer = quantized.model.layers[1].mlp.up_proj
+        self.assertIs(type(layer), nn.Linear)
+        self.assertTrue(layer.weight.requires_grad)
+        self.assertTrue(0.01 < float(layer.weight.detach().std()) < 0.04)  # `initializer_range` is 0.02
+        self.assertIsInstance(quantized.model.layers[0].mlp.up_proj, Exl3Linear)
         self.assertTrue(outputs(quantized, "llama").isfinite().all())
 
     def test_odd_sizes_and_extreme_matrices(self):

@@ -241,6 +241,14 @@ class Exl3TrainingTest(unittest.TestCase):
             self.assertTrue(torch.equal(other(**self.inputs).logits, model.eval()(**self.inputs).logits))
 
     @require_peft
+    def test_quantized_layers_are_not_among_modules_to_save(self):
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"])
+        with self.assertRaisesRegex(RuntimeError, "cannot be trained, and `modules_to_save`.*`target_modules`"):
+            get_peft_model(self.load(), config)
+        model = get_peft_model(self.load(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        model(**self.inputs, labels=self.inputs["input_ids"]).loss.backward()
+
+    @require_peft
     def test_adapters_of_transformers_itself(self):
         try:
             check_peft_version(MIN_PEFT_VERSION)

@@ -396,8 +396,9 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
 
 def finish_modules(model: nn.Module, effort: str = "default", progress=None):
     """
-    What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one
-    converter of upstream's may yield several) or not at all (they are initialised), freeze, align, and put tiles in order.
+    What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one converter
+    of upstream's may yield several), leave plain the modules whose weights did not come at all, freeze, align, and put tiles in
+    order.
 
     Args:
         model (`PreTrainedModel`): The model, changed in place.
@@ -405,6 +406,14 @@ def finish_modules(model: nn.Module, effort: str = "default", progress=None):
     """
     for path, module in list(model.named_modules()):
         if getattr(module, "pending", None):
+            if any(is_dtensor(getattr(module, name)) for name in module.pending):
+                raise ValueError(
+                    f"{path} cannot be quantized on the fly by several processes: its parameters do not come one by one. Quantize "
+                    "the model in one process, save it, and load that."
+                )
+            if _is_new(module):
+                _put(model, path, _initialized(model, path, module))
+                continue
             for name, value in _late_parameters(model, path, module).items():
                 for tensor, result in quantize_parameter(path, module, name, value, effort, progress).items():
                     owner, _, leaf = tensor.rpartition(".")
@@ -429,23 +438,53 @@ def _set(module: nn.Module, name: str, value: torch.Tensor):
     setattr(module, name, value if name in module._buffers else nn.Parameter(value, requires_grad=False))
 
 
+def _lacking(module: Exl3Module) -> list[str]:
+    """Those of the parameters that `module` waits for that the checkpoint lacks."""
+    return [name for name in sorted(module.pending) if not getattr(getattr(module, name), "_is_hf_initialized", False)]
+
+
+def _is_new(module: Exl3Module) -> bool:
+    """Whether the checkpoint lacks a weight of `module`: it is to be trained, and nothing is gained by quantizing it."""
+    return any(not name.endswith("bias") for name in _lacking(module))
+
+
+@torch.no_grad()
+def _initialized(model: nn.Module, path: str, module: Exl3Module) -> nn.Module:
+    """The plain module that `module` stands for, with what came and what its model initialises the rest to."""
+    plain = module.empty_plain()
+    ancestors = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)] + [""]
+    owner = next(m for m in map(model.get_submodule, ancestors) if hasattr(m, "_init_weights"))
+    owner._init_weights(plain)
+    lacking = _lacking(module)
+    for name, parameter in plain.named_parameters(recurse=False):
+        if name in lacking:
+            continue
+        if name in module.pending:
+            parameter.data.copy_(getattr(module, name))
+            continue
+        for layer, leaf, view in module.plain_views(name, parameter.data):
+            view.copy_(module.get_submodule(layer).dequantized(leaf))
+    return plain
+
+
 def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
-    """The parameters that `module` waits for: as they came, or as its model initialises what a checkpoint lacks."""
-    waiting = {name: getattr(module, name) for name in sorted(module.pending)}
-    values = {name: value.detach() for name, value in waiting.items()}
-    if any(is_dtensor(value) for value in values.values()):
-        raise ValueError(
-            f"{path} cannot be quantized on the fly by several processes: its parameters do not come one by one. Quantize the "
-            "model in one process, save it, and load that."
-        )
-    lacking = [name for name, value in waiting.items() if not getattr(value, "_is_hf_initialized", False)]
+    """The parameters that `module` waits for: as they came, and biases that did not as its model initialises them."""
+    values = {name: getattr(module, name).detach() for name in sorted(module.pending)}
+    lacking = _lacking(module)
     if lacking:
-        plain = module.empty_plain()
-        ancestors = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)] + [""]
-        owner = next(m for m in map(model.get_submodule, ancestors) if hasattr(m, "_init_weights"))
-        owner._init_weights(plain)
+        plain = _initialized(model, path, module)
         values |= {name: plain.get_parameter(name).detach() for name in lacking}
     return values
+
+
+def _put(model: nn.Module, path: str, plain: nn.Module):
+    """Put `plain` in the place of the module at `path`, with what moves its inputs."""
+    module = model.get_submodule(path)
+    if hasattr(module, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(plain, module._hf_hook)
+    model.set_submodule(path, plain)
 
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
@@ -470,9 +509,4 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Exl3Stored)]
     for path, module in outermost.items():
-        plain = module.dequantize(dtype)
-        if hasattr(module, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(plain, module._hf_hook)
-        model.set_submodule(path, plain)
+        _put(model, path, module.dequantize(dtype))

@@ -59,6 +59,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor()
 
 
+def _refuse_gradients(requires_grad: bool = True):
+    if requires_grad:
+        raise RuntimeError(
+            "The weights of a quantized EXL3 layer cannot be trained, and `modules_to_save` would train a copy of one. Name it in "
+            "`target_modules` to train an adapter on it, or quantize the model without it: `modules_to_not_convert`, and no "
+            "`head_bits` for a head."
+        )
+
+
 class Exl3Module(nn.Module):
     """
     What the modules here share.
@@ -142,6 +151,13 @@ class Exl3Module(nn.Module):
             for layer, leaf, view in self.plain_views(name, parameter.detach()):
                 view.copy_(self.get_submodule(layer).dequantized(leaf))
         return plain
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # PEFT trains copies of what `modules_to_save` names. Torch's error would name neither the layer nor a remedy.
+        for parameter in self._parameters.values():
+            if parameter is not None and not parameter.is_floating_point():
+                parameter.requires_grad_ = _refuse_gradients
 
     @property
     def device(self) -> torch.device:
