@@ -43,7 +43,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self.placement = None  # of an EXL3 checkpoint
         self.plan = None  # for a float checkpoint
         self.float_dtype = None
-        self.progress_bar = None
+        self.progress = None  # of quantizing
         self.has_failed = False  # whether a parameter could not be quantized
 
     @property
@@ -96,14 +96,15 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3 import replace_with_exl3_modules
 
         if self.requires_parameters_quantization:
-            modules = self._plan(model)
+            modules = self._plan(model, kwargs.get("device_map"))
         else:
             modules = self._place(model, checkpoint_files)
         if not self.quantization_config.dequantize:
             replace_with_exl3_modules(model, modules)
 
-    def _plan(self, model):
+    def _plan(self, model, device_map):
         from ..integrations.exl3.planning import Plan
+        from ..integrations.exl3.progress import Progress
 
         config = self.quantization_config
         config._check_unknown(config.converter_fields.keys() - QUANTIZED_HERE)  # of a dict that a user wrote
@@ -112,9 +113,9 @@ class Exl3HfQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         # The default names the last parameter, whose module is meant: a bias as well as a weight.
         self.plan = Plan(model, config, [name.removesuffix(".bias") for name in skip])
-        self.progress_bar = logging.tqdm(
-            total=self.plan.weights, desc="Quantizing to EXL3", unit="weights", unit_scale=True, position=1
-        )
+        self.progress = Progress(self.plan.weights, int(config.bits), config.codebook, config.effort)
+        if device_map is None or not torch.accelerator.is_available():
+            self.progress.check(torch.device("cpu"))  # elsewhere when the first weight is there
         return self.plan.modules
 
     def _place(self, model, checkpoint_files):
@@ -181,12 +182,10 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.loading import finish_modules
         from ..integrations.exl3.saving import guard_saving
 
-        if self.progress_bar is None:
-            finish_modules(model)
-        else:
-            finish_modules(model, self.quantization_config.effort, self.progress_bar.update)
-            self.progress_bar.close()
-        self.placement = self.plan = self.progress_bar = None
+        finish_modules(model, self.progress)
+        if self.progress is not None:
+            self.progress.close()
+        self.placement = self.plan = self.progress = None
         if not self.quantization_config.dequantize:
             guard_saving(model)
         return model

@@ -38,6 +38,7 @@ from ...distributed.sharding_utils import DtensorShardOperation, _dtensor_from_l
 from ...distributed.utils import is_dtensor
 from . import encoder, format, ops
 from .modules import Exl3Linear, Exl3Module, whole
+from .progress import Progress
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
@@ -320,9 +321,7 @@ class Exl3Quantize(ConversionOps):
             gathered = _gathered(
                 value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape
             )
-            made = quantize_parameter(
-                path, module, parameter, gathered, quantizer.quantization_config.effort, quantizer.progress_bar.update
-            )
+            made = quantize_parameter(path, module, parameter, gathered, quantizer.progress)
             result |= {name: own_part(tensor, model.get_parameter_or_buffer(name)) for name, tensor in made.items()}
             missing_keys.discard(f"{path}.{parameter}")
         return result
@@ -345,9 +344,7 @@ def _gathered(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size)
     return whole(parts)
 
 
-def quantize_parameter(
-    path: str, module: Exl3Module, parameter: str, value: torch.Tensor, effort: str = "default", progress=None
-):
+def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress: Progress):
     """
     Quantize one parameter that a module waits for.
 
@@ -356,8 +353,7 @@ def quantize_parameter(
         module (`Exl3Module`): Waits for `parameter`, and no longer after this.
         parameter (`str`): Name of the parameter in the plain module.
         value (`torch.Tensor`): The parameter, floating.
-        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
-        progress (`Callable`, *optional*): Called with the number of weights whenever some are done.
+        progress (`Progress`): Of the model; tells the effort, too.
 
     Returns:
         `dict[str, torch.Tensor]`: By name in the model, the tensors that the parameter became.
@@ -376,7 +372,8 @@ def quantize_parameter(
             result[f"{name}.bias"] = _stored_bias(name, view, linear)
             continue
         try:
-            tensors = linear.encoded(view, encoder.seed_of(name), effort, progress)
+            with progress.shown(view.device) as update:
+                tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update)
         except ValueError as error:
             raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
         result |= {f"{name}.{tensor}": value for tensor, value in tensors.items()}
@@ -394,7 +391,7 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
     return stored
 
 
-def finish_modules(model: nn.Module, effort: str = "default", progress=None):
+def finish_modules(model: nn.Module, progress: Progress | None = None):
     """
     What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one converter
     of upstream's may yield several), leave plain the modules whose weights did not come at all, freeze, align, and put tiles in
@@ -402,7 +399,7 @@ def finish_modules(model: nn.Module, effort: str = "default", progress=None):
 
     Args:
         model (`PreTrainedModel`): The model, changed in place.
-        effort, progress (*optional*): As in `quantize_parameter`.
+        progress (`Progress`, *optional*): Of a model that is quantized.
     """
     for path, module in list(model.named_modules()):
         if getattr(module, "pending", None):
@@ -415,7 +412,7 @@ def finish_modules(model: nn.Module, effort: str = "default", progress=None):
                 _put(model, path, _initialized(model, path, module))
                 continue
             for name, value in _late_parameters(model, path, module).items():
-                for tensor, result in quantize_parameter(path, module, name, value, effort, progress).items():
+                for tensor, result in quantize_parameter(path, module, name, value, progress).items():
                     owner, _, leaf = tensor.rpartition(".")
                     _set(model.get_submodule(owner), leaf, result)
         if isinstance(module, Exl3Module):

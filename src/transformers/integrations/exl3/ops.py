@@ -31,6 +31,8 @@ What computes them: the Triton kernels of `kernels/gpu.py` on GPUs, the compiled
 these are missing plain torch, which defines what they all compute.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from . import encoder, format
@@ -444,7 +446,7 @@ def _(weight, bits, codebook, seed, effort="default"):
 
 def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None):
     """`encode`, calling `progress(n)` whenever `n` more weights are done."""
-    return encoder.quantize_weight(weight, bits, codebook, seed, effort, _search_on(weight.device), progress)
+    return encoder.quantize_weight(weight, bits, codebook, seed, effort, search_on(weight.device), progress)
 
 
 @torch.library.custom_op("exl3::encode_embedding", mutates_args=())
@@ -475,11 +477,17 @@ def _(weight, bits, seed, effort="default"):
 
 def encode_embedding_with_progress(weight, bits, seed, effort="default", progress=None):
     """`encode_embedding`, calling `progress(n)` whenever `n` more elements are done."""
-    return encoder.quantize_embedding(weight, bits, seed, effort, _search_on(weight.device), progress)
+    return encoder.quantize_embedding(weight, bits, seed, effort, search_on(weight.device), progress)
 
 
-def _search_on(device: torch.device):
-    """What searches the trellis there."""
+def search_on(device: torch.device) -> Callable:
+    """The fastest search for tiles on `device` that there is, with the signature and the states of `search.search_reference`."""
     if gpu.is_available(device) and gpu.has_search(device):
         return gpu.search
-    return cpu.search if device.type == "cpu" and cpu.is_available() else encoder.search_reference
+    if not cpu.is_available():
+        return encoder.search_reference
+    return cpu.search if device.type == "cpu" else _search_on_host
+
+
+def _search_on_host(tiles, bits, codebook, effort="default"):
+    return cpu.search(tiles.cpu(), bits, codebook, effort).to(tiles.device)
