@@ -1,5 +1,6 @@
 """Lets setup.py build the compiled CPU kernels of EXL3; this repository's own setup.py builds them with the same."""
 
+import glob
 import os
 
 from setuptools import Extension
@@ -12,9 +13,14 @@ class DepsTableUpdateCommand: ...
 
 # No contraction and no value-changing shortcuts: the kernels round as the torch reference does.
 EXL3_COMPILE_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+EXL3_SOURCES = "src/transformers/integrations/exl3/kernels"
 EXL3_KERNELS = Extension(
     "transformers.integrations.exl3.kernels._cpu",
-    sources=["src/transformers/integrations/exl3/kernels/cpu.cpp"],
+    sources=[f"{EXL3_SOURCES}/cpu.cpp"],
+    # Which puts them into source distributions, too.
+    depends=[
+        path for path in sorted(glob.glob(f"{EXL3_SOURCES}/**", recursive=True)) if path.endswith((".h", ".inc"))
+    ],
     language="c++",
     extra_compile_args=["/O2", "/std:c++17"] if os.name == "nt" else EXL3_COMPILE_FLAGS,
     extra_link_args=[] if os.name == "nt" else ["-pthread"],
@@ -32,12 +38,27 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext):
         return ext.export_symbols
 
+    def run(self):
+        super().run()
+        if self.missing():
+            self.warn(
+                "\n*** The EXL3 kernels for CPUs were not compiled. Without them EXL3 runs on the much slower torch reference on "
+                "CPUs, and quantizes only small models there: install a C++ compiler and build again. ***\n"
+            )
+
+    def missing(self):
+        """The libraries that were not built."""
+        return [path for path in self.get_outputs() if not os.path.isfile(path)]
+
 
 class KernelWheel(bdist_wheel):
-    """One wheel a platform, for every Python."""
+    """One wheel a platform, for every Python; one for all platforms where the kernels were not compiled."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        # An editable wheel has its tag before its libraries.
+        is_built = self.distribution.have_run.get("build_ext")
+        self.root_is_pure = bool(is_built and self.get_finalized_command("build_ext").missing())
+        return "py3", "none", "any" if self.root_is_pure else super().get_tag()[2]
 
 
 if __name__ == "__main__":
