@@ -83,6 +83,7 @@ class Progress:
 
     def close(self):
         if self._bar is not None:
+            self._bar.total = self._bar.n  # modules that the checkpoint lacks stay plain
             self._bar.close()
 
 
