@@ -8,7 +8,7 @@ UPSTREAM := $(shell sed -n 's/^requires = .*transformers===\([^"]*\)".*/\1/p' py
 
 BIN = $(VENV)/bin
 PATCHED = setup.py src tests/quantization
-KERNELS = src/transformers/integrations/exl3/kernels
+KERNELS = src/transformers/integrations/exl3/kernels/cpu
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
 .PHONY: help test test-slow sanitize fuzz check-upstreams watch-upstream demo lint style export refresh clean

@@ -13,14 +13,11 @@ class DepsTableUpdateCommand: ...
 
 # No contraction and no value-changing shortcuts: the kernels round as the torch reference does.
 EXL3_COMPILE_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
-EXL3_SOURCES = "src/transformers/integrations/exl3/kernels"
+EXL3_SOURCES = "src/transformers/integrations/exl3/kernels/cpu"
 EXL3_KERNELS = Extension(
-    "transformers.integrations.exl3.kernels._cpu",
+    "transformers.integrations.exl3.kernels.cpu._cpu",
     sources=[f"{EXL3_SOURCES}/cpu.cpp"],
-    # Which puts them into source distributions, too.
-    depends=[
-        path for path in sorted(glob.glob(f"{EXL3_SOURCES}/**", recursive=True)) if path.endswith((".h", ".inc"))
-    ],
+    depends=sorted(glob.glob(f"{EXL3_SOURCES}/*.h")),  # which puts them into source distributions, too
     language="c++",
     extra_compile_args=["/O2", "/std:c++17"] if os.name == "nt" else EXL3_COMPILE_FLAGS,
     extra_link_args=[] if os.name == "nt" else ["-pthread"],

@@ -14,8 +14,8 @@ PRISTINE = Path("build", "upstream")
 TREE = Path("build", "tree")
 SOURCE = Path("src")
 PACKAGE = SOURCE / "transformers"
-LIBRARY = PACKAGE / "integrations" / "exl3" / "kernels" / ("_cpu.dll" if os.name == "nt" else "_cpu.so")
-KERNEL_SOURCES = (".cpp", ".h", ".inc")
+LIBRARY = PACKAGE / "integrations" / "exl3" / "kernels" / "cpu" / ("_cpu.dll" if os.name == "nt" else "_cpu.so")
+KERNEL_SOURCES = (".cpp", ".h")
 # Our files show up at once where the system has links; elsewhere `python utils/patchset` copies them.
 LINKS = os.name != "nt"
 

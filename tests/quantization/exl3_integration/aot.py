@@ -33,8 +33,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from transformers.integrations.exl3 import format
-from transformers.integrations.exl3.kernels import triton_search
-from transformers.integrations.exl3.kernels.triton_target import Target
+from transformers.integrations.exl3.kernels.triton import search as triton_search
+from transformers.integrations.exl3.kernels.triton.target import Target
 
 
 # Bytes of shared memory that a block of threads may have: CUDA C++ programming guide, compute capabilities; LDS of a

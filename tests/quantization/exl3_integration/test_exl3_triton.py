@@ -29,7 +29,8 @@ from parameterized import parameterized
 
 from transformers.integrations.exl3 import format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
-from transformers.integrations.exl3.kernels import cpu, gpu
+from transformers.integrations.exl3.kernels import cpu
+from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import slow
 
 from .triton_cases import (
@@ -50,15 +51,13 @@ from .triton_cases import (
 
 
 if triton:
-    from transformers.integrations.exl3.kernels import (
-        experts,
-        triton_codes,
-        triton_hadamard,
-        triton_linear,
-        triton_search,
-        triton_target,
-    )
-    from transformers.integrations.exl3.kernels.triton_linear import Options
+    from transformers.integrations.exl3.kernels.triton import codes as triton_codes
+    from transformers.integrations.exl3.kernels.triton import experts
+    from transformers.integrations.exl3.kernels.triton import hadamard as triton_hadamard
+    from transformers.integrations.exl3.kernels.triton import linear as triton_linear
+    from transformers.integrations.exl3.kernels.triton import search as triton_search
+    from transformers.integrations.exl3.kernels.triton import target as triton_target
+    from transformers.integrations.exl3.kernels.triton.linear import Options
 
 
 @require_triton

@@ -27,8 +27,10 @@ from .triton_cases import all_codes, require_compiler, triton
 
 
 if triton:
-    from transformers.integrations.exl3.kernels import triton_codes, triton_linear, triton_search
-    from transformers.integrations.exl3.kernels.triton_linear import choose
+    from transformers.integrations.exl3.kernels.triton import codes as triton_codes
+    from transformers.integrations.exl3.kernels.triton import linear as triton_linear
+    from transformers.integrations.exl3.kernels.triton import search as triton_search
+    from transformers.integrations.exl3.kernels.triton.linear import choose
 
     from . import aot
 

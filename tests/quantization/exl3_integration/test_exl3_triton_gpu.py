@@ -23,8 +23,9 @@ from parameterized import parameterized
 
 from transformers.integrations.exl3 import encoder, format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
-from transformers.integrations.exl3.kernels import cpu, gpu
-from transformers.integrations.exl3.kernels import experts as tables
+from transformers.integrations.exl3.kernels import cpu
+from transformers.integrations.exl3.kernels.triton import experts as tables
+from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import require_torch, require_torch_accelerator, slow, torch_device
 
 from .triton_cases import (
@@ -59,16 +60,19 @@ class Exl3TritonFallbackTest(unittest.TestCase):
 
     def test_missing_triton_is_told_once(self):
         missing = {name: None for name in list(sys.modules) if name.startswith("triton.")} | {"triton": None}
-        ours = {name for name in sys.modules if ".exl3.kernels.triton_" in name}
+        package = sys.modules["transformers.integrations.exl3.kernels.triton"]
+        ours = {name for name in sys.modules if name.startswith(f"{package.__name__}.")} - {
+            gpu.__name__,
+            tables.__name__,
+        }
         kept = {name: sys.modules.pop(name) for name in ours}
-        package = sys.modules["transformers.integrations.exl3.kernels"]
         attributes = {name.rpartition(".")[2]: module for name, module in kept.items()}
         for name in attributes:
             delattr(package, name)
         try:
             with (
                 mock.patch.dict(sys.modules, missing),
-                self.assertLogs("transformers.integrations.exl3.kernels.gpu", "WARNING") as logs,
+                self.assertLogs("transformers.integrations.exl3.kernels.triton.gpu", "WARNING") as logs,
             ):
                 self.assertFalse(gpu.is_available(torch.device("cuda:0")))
                 self.assertFalse(gpu.is_available(torch.device("cuda:1")))
@@ -83,7 +87,7 @@ class Exl3TritonFallbackTest(unittest.TestCase):
     @require_triton
     def test_broken_triton_is_told_once(self):
         broken = mock.patch.object(gpu, "check", side_effect=RuntimeError("no C compiler"))
-        with broken, self.assertLogs("transformers.integrations.exl3.kernels.gpu", "WARNING") as logs:
+        with broken, self.assertLogs("transformers.integrations.exl3.kernels.triton.gpu", "WARNING") as logs:
             self.assertFalse(gpu.is_available(torch.device("cuda:0")))
             self.assertFalse(gpu.is_available(torch.device("cuda:1")))
         self.assertEqual(len(logs.output), 1)
@@ -99,7 +103,7 @@ class Exl3TritonFallbackTest(unittest.TestCase):
             self._forget()
             with (
                 mock.patch.object(gpu, "search", **broken) as broken_search,
-                self.assertLogs("transformers.integrations.exl3.kernels.gpu", "WARNING") as logs,
+                self.assertLogs("transformers.integrations.exl3.kernels.triton.gpu", "WARNING") as logs,
             ):
                 self.assertFalse(gpu.has_search(device) or gpu.has_search(device))
             self.assertEqual((len(logs.output), broken_search.call_count), (1, 1))
@@ -259,8 +263,8 @@ class Exl3TritonGpuTest(unittest.TestCase):
     @parameterized.expand([(bits, cost) for bits in (1, 2.5, 4, 8) for cost in ("integer", "fp32")])
     def test_search_on_less_scratch(self, bits, cost):
         """More tiles than there are programs for, whose number does not change the states."""
-        from transformers.integrations.exl3.kernels import triton_search
-        from transformers.integrations.exl3.kernels.triton_target import target_of
+        from transformers.integrations.exl3.kernels.triton import search as triton_search
+        from transformers.integrations.exl3.kernels.triton.target import target_of
 
         case = search_case(37, bits, "mul1", cost, device=torch_device)
         expected = search.reference_kernel(*case)
@@ -282,7 +286,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs the allocator's statistics")
     def test_memory_of_quantizing(self):
-        from transformers.integrations.exl3.kernels import triton_search
+        from transformers.integrations.exl3.kernels.triton import search as triton_search
 
         weight = torch.randn(4096, 4096, dtype=torch.bfloat16, device=torch_device)
         ops.encode(weight[:128], 4, "mul1", 0)

@@ -22,7 +22,7 @@ from packaging.version import parse
 
 from transformers.integrations.exl3 import format, search
 from transformers.integrations.exl3.hadamard import hadamard
-from transformers.integrations.exl3.kernels import gpu
+from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
 
 from .synthetic import random_linear

@@ -12,7 +12,7 @@ from .. import REPO, UPSTREAM, VERSION, PatchError, build, extension
 from .test_tree import read, write
 
 
-KERNELS = "src/transformers/integrations/exl3/kernels"
+KERNELS = "src/transformers/integrations/exl3/kernels/cpu"
 
 
 class PinTest(unittest.TestCase):

@@ -27,7 +27,7 @@ The operators of EXL3, registered with `torch.library`, and the choice of what c
 `W = diag(suh) B inner B diag(svh)` with the names of `format.py`. Activations are rotated instead of weights, products are
 accumulated in fp32, and a large `inner` is decoded in strips, so that no operator holds a dense copy of a weight.
 
-What computes them: the Triton kernels of `kernels/gpu.py` on GPUs, the compiled ones of `kernels/cpu.py` on the CPU, and where
+What computes them: the Triton kernels of `kernels/triton` on GPUs, the compiled ones of `kernels/cpu` on the CPU, and where
 these are missing plain torch, which defines what they all compute.
 """
 
@@ -37,7 +37,8 @@ import torch
 
 from . import encoder, format
 from .hadamard import hadamard
-from .kernels import cpu, gpu
+from .kernels import cpu
+from .kernels.triton import gpu
 
 
 # Elements of `inner` that are decoded at a time: at most 16 MiB, enough columns for an efficient matrix product.

@@ -14,7 +14,7 @@
 """
 The trellis search: the states of a tile whose values are nearest to its weights.
 
-`search_reference` is its definition in plain torch. The compiled one of `kernels/cpu.cpp` and that of `kernels/triton_search.py`
+`search_reference` is its definition in plain torch. The compiled one of `kernels/cpu` and that of `kernels/triton`
 return the same states. Costs are either fp32, added in a fixed order, or integers: the same tile gives the same states on
 every machine.
 

@@ -34,7 +34,7 @@ import torch
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.integrations.exl3 import format, ops, search
-from transformers.integrations.exl3.kernels import gpu
+from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -238,7 +238,7 @@ def static_table(arch):
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from exl3_integration import aot
 
-    from transformers.integrations.exl3.kernels import triton_linear
+    from transformers.integrations.exl3.kernels.triton import linear as triton_linear
 
     def empty(*shape, dtype=torch.float16):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -11,3 +11,4 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""What computes the operators fast: `cpu`, compiled C++, and `triton`, for GPUs. Each has a door that checks what it is given."""

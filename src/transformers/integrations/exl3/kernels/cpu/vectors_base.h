@@ -12,7 +12,7 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// What `linear.inc` and `dense.inc` are built from, in plain C++ whose loops compilers turn into vectors.
+// What `linear.h` and `dense.h` are built from, in plain C++ whose loops compilers turn into vectors.
 
 // Which words of a stream a state stands in: `pairs[first] >> right`, where `pairs` are words with the ones after them.
 template <int RATE>

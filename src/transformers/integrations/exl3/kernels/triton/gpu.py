@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The door to the Triton kernels of `triton_*.py`, for NVIDIA's, AMD's and Intel's GPUs.
+The door to the Triton kernels beside this file, for NVIDIA's, AMD's and Intel's GPUs.
 
 Where Triton is missing or does not work, `is_available()` says so once and everything runs on the torch reference. Before
 the kernels are used on a device, a small product is computed there and compared with the reference, and before tiles are
@@ -23,10 +23,10 @@ from functools import lru_cache
 
 import torch
 
-from ....utils import logging
-from .. import format
-from .. import search as trellis_search
-from ..hadamard import hadamard
+from .....utils import logging
+from ... import format
+from ... import search as trellis_search
+from ...hadamard import hadamard
 from .experts import is_capturing, kinds, table_of
 
 
@@ -47,8 +47,8 @@ def is_available(device: torch.device) -> bool:
 
 def has_grouped_linear(device: torch.device) -> bool:
     """Whether `device`, on which the kernels work, has the matrix instructions that `grouped_linear` needs."""
-    from .triton_linear import row_tiles
-    from .triton_target import target_of
+    from .linear import row_tiles
+    from .target import target_of
 
     return bool(row_tiles(target_of(device)))
 
@@ -61,7 +61,7 @@ def _warn(reason: str):
 @lru_cache
 def _imports() -> bool:
     try:
-        from . import triton_linear  # noqa: F401
+        from . import linear  # noqa: F401
     except ImportError as error:
         _warn(
             f"Triton cannot be imported ({error}). Install the one that belongs to this PyTorch (`pip install triton`)."
@@ -112,8 +112,8 @@ def linear(
         ValueError: For activations of another dtype than float32, float16 and bfloat16, for tensors on different devices,
             and for an unknown codebook.
     """
-    from .triton_linear import linear as triton_linear
-    from .triton_target import on, target_of
+    from .linear import linear as triton_linear
+    from .target import on, target_of
 
     _check_dtype("activations", x.dtype)
     _check_codebook(codebook)
@@ -154,8 +154,8 @@ def grouped_linear(
         ValueError: As `linear`, for bounds that are not one more than there are experts, and for sizes that do not fit.
         RuntimeError: For tensors that are met for the first time while a CUDA graph is captured.
     """
-    from .triton_linear import grouped_linear as triton_grouped_linear
-    from .triton_target import on, target_of
+    from .linear import grouped_linear as triton_grouped_linear
+    from .target import on, target_of
 
     _check_dtype("activations", x.dtype)
     check_devices(x, bounds, *trellis, *suh, *svh, *bias)
@@ -180,8 +180,8 @@ def grouped_linear(
 
 def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
     """The same as `format.decode(trellis, codebook).to(dtype)`, to the byte. Raises `ValueError` as `linear` does."""
-    from .triton_dequantize import decode as triton_decode
-    from .triton_target import on, target_of
+    from .dequantize import decode as triton_decode
+    from .target import on, target_of
 
     _check_dtype("an inner matrix", dtype)
     _check_codebook(codebook)
@@ -191,8 +191,8 @@ def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Te
 
 def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str, weight: torch.Tensor):
     """The operator `exl3::dequantize`, into `weight`, fp32 `[out, in]`. Raises `ValueError` as `linear` does."""
-    from .triton_dequantize import dequantize as triton_dequantize
-    from .triton_target import on, target_of
+    from .dequantize import dequantize as triton_dequantize
+    from .target import on, target_of
 
     _check_codebook(codebook)
     check_devices(weight, trellis, suh, svh)
@@ -222,8 +222,8 @@ def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "defau
         ValueError: For tiles of another dtype or shape or with values that are not finite, and for an unknown rate,
             codebook or effort.
     """
-    from .triton_search import kernel
-    from .triton_target import on, target_of
+    from .search import kernel
+    from .target import on, target_of
 
     if tiles.dtype is not torch.float32 or tiles.shape[1:] != (format.TILE_SIZE,):
         raise ValueError(f"tiles must be float32 [n, 256], not {tiles.dtype} {list(tiles.shape)}")

@@ -12,7 +12,7 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// What `codes.inc` and `linear.inc` are built from, on AVX2 with F16C; vectors_avx512.inc explains what is the same there.
+// What `codes.h` and `linear.h` are built from, on AVX2 with F16C; vectors_avx512.h explains what is the same there.
 
 constexpr int CODES = 16;  // in a vector
 

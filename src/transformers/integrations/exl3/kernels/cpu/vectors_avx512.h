@@ -12,7 +12,7 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// What `codes.inc` and `linear.inc` are built from, on AVX-512 with F, BW, DQ and VL. Where EXL3_VNNI is 1 also with VBMI
+// What `codes.h` and `linear.h` are built from, on AVX-512 with F, BW, DQ and VL. Where EXL3_VNNI is 1 also with VBMI
 // and VNNI, which cut states out of a stream and add bytes up in fewer operations.
 
 constexpr int CODES = 32;  // in a vector

@@ -28,11 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import format
-from .triton_codes import decode_bands, load_words, word_offsets
-from .triton_dequantize import as_words, decode
-from .triton_hadamard import finish_output, rotate_input, rotate_output
-from .triton_target import Target
+from ... import format
+from .codes import decode_bands, load_words, word_offsets
+from .dequantize import as_words, decode
+from .hadamard import finish_output, rotate_input, rotate_output
+from .target import Target
 
 
 # None of these has been timed on a GPU: they are UNMEASURED, and follow from registers and counted instructions alone.

@@ -15,10 +15,10 @@
 // Every kernel, compiled once for each instruction set: cpu.cpp includes this file inside a namespace of its name, after the
 // operations that the kernels are built from, with EXL3_LANES floats in a vector.
 
-#include "rotation.inc"
+#include "rotation.h"
 
-#include "linear.inc"
+#include "linear.h"
 
-#include "dense.inc"
+#include "dense.h"
 
-#include "search.inc"
+#include "search.h"

@@ -94,8 +94,8 @@ namespace base {
 #else
 #define EXL3_LANES 1
 #endif
-#include "vectors_base.inc"
-#include "kernels.inc"
+#include "vectors_base.h"
+#include "kernels.h"
 #undef EXL3_LANES
 }  // namespace base
 
@@ -108,9 +108,9 @@ namespace base {
 #endif
 namespace avx2 {
 #define EXL3_LANES 8
-#include "vectors_avx2.inc"
-#include "codes.inc"
-#include "kernels.inc"
+#include "vectors_avx2.h"
+#include "codes.h"
+#include "kernels.h"
 #undef EXL3_LANES
 }  // namespace avx2
 #if defined(__clang__)
@@ -127,9 +127,9 @@ namespace avx2 {
 namespace avx512 {
 #define EXL3_LANES 16
 #define EXL3_VNNI 0
-#include "vectors_avx512.inc"
-#include "codes.inc"
-#include "kernels.inc"
+#include "vectors_avx512.h"
+#include "codes.h"
+#include "kernels.h"
 #undef EXL3_LANES
 #undef EXL3_VNNI
 }  // namespace avx512
@@ -147,9 +147,9 @@ namespace avx512 {
 namespace avx512vnni {
 #define EXL3_LANES 16
 #define EXL3_VNNI 1
-#include "vectors_avx512.inc"
-#include "codes.inc"
-#include "kernels.inc"
+#include "vectors_avx512.h"
+#include "codes.h"
+#include "kernels.h"
 #undef EXL3_LANES
 #undef EXL3_VNNI
 }  // namespace avx512vnni

@@ -22,7 +22,7 @@
 //
 // No back-pointers are written. Every few steps a row of costs is kept, and the way back computes again, from the last
 // kept row on, only the few nodes that lead to the node it stands on. What a cost is and how a step is computed stands in
-// search_fp32.inc and search_words.inc.
+// search_fp32.h and search_words.h.
 
 // Where the cost of a node stands in a row: the parts of the row that a step reads side by side are kept apart by a
 // cache line, since at a power of two they would all fall on the same lines of the cache.
@@ -37,8 +37,8 @@ struct Row {
 template <int D, int C, class Cost>
 constexpr int ROW_STRIDE = Row<D, C, Cost>::at((NUM_STATES >> (D < C ? D : C)) - 1) + 1 + 2 * LINE / sizeof(Cost);
 
-#include "search_fp32.inc"
-#include "search_words.inc"
+#include "search_fp32.h"
+#include "search_words.h"
 
 // The search at one rate: weights add EVEN and ODD bits of the stream in turn. TILES tiles share the values they read.
 template <class Costs, int EVEN, int ODD, int TILES>

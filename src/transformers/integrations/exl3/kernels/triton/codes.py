@@ -25,7 +25,7 @@ import struct
 import triton
 import triton.language as tl
 
-from .. import format
+from ... import format
 
 
 _3INST_MULTIPLIER = tl.constexpr(format._3INST_MULTIPLIER)

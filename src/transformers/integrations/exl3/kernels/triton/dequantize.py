@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import format
-from .triton_codes import decode_bands, load_words, word_offsets
-from .triton_hadamard import rotate_output
+from ... import format
+from .codes import decode_bands, load_words, word_offsets
+from .hadamard import rotate_output
 
 
 BANDS, COLUMN_TILES, WARPS = 1, 8, 4  # of a program: 64 rows and 128 columns. UNMEASURED

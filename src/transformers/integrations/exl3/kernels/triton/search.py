@@ -33,8 +33,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import format, search
-from .triton_target import Target
+from ... import format, search
+from .target import Target
 
 
 SCRATCH_BYTES = 1 << 30  # for the rows of all programs

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The door to the compiled CPU kernels of `cpu.cpp`, a plain C library beside this file that is loaded with ctypes.
+The door to the compiled CPU kernels of `cpu.cpp`, a plain C library in this folder that is loaded with ctypes.
 
 `setup.py` compiles it. Where it is missing, `is_available()` says so once and everything runs on the torch reference.
 What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512vnni`, `avx512`, `avx2` or
@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
-from ....utils import logging
-from .. import format
-from .. import search as trellis_search
+from .....utils import logging
+from ... import format
+from ... import search as trellis_search
 
 
 logger = logging.get_logger(__name__)

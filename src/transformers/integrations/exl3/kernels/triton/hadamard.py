@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import format
+from ... import format
 
 
 _BLOCK = tl.constexpr(format.BLOCK)
