@@ -17,7 +17,9 @@ EXL3_SOURCES = "src/transformers/integrations/exl3/kernels/cpu"
 EXL3_KERNELS = Extension(
     "transformers.integrations.exl3.kernels.cpu._cpu",
     sources=[f"{EXL3_SOURCES}/cpu.cpp"],
-    depends=sorted(glob.glob(f"{EXL3_SOURCES}/*.h")),  # which puts them into source distributions, too
+    depends=sorted(
+        glob.glob(f"{EXL3_SOURCES}/**/*.h", recursive=True)
+    ),  # which puts them into source distributions, too
     language="c++",
     extra_compile_args=["/O2", "/std:c++17"] if os.name == "nt" else EXL3_COMPILE_FLAGS,
     extra_link_args=[] if os.name == "nt" else ["-pthread"],

@@ -13,7 +13,7 @@ from . import upstreams
 from .test_tree import write
 
 
-KERNELS = "src/transformers/integrations/exl3/kernels"
+KERNELS = "src/transformers/integrations/exl3/kernels/cpu"
 SETUP = """
 import runpy
 from setuptools import setup
@@ -62,8 +62,8 @@ class WheelTest(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
         files = {
-            f"{KERNELS}/cpu.cpp": '#include "sub/a.inc"\n#include "b.h"\n',
-            f"{KERNELS}/sub/a.inc": "",
+            f"{KERNELS}/cpu.cpp": '#include "sub/a.h"\n#include "b.h"\n',
+            f"{KERNELS}/sub/a.h": "",
             f"{KERNELS}/b.h": "",
         }
         write(self.folder, files | {"setup.py": SETUP, "src/transformers/__init__.py": ""})
@@ -72,7 +72,7 @@ class WheelTest(unittest.TestCase):
 
     def test_a_source_distribution_has_all_that_the_kernels_include(self):
         sources = unpacked_sdist(self.folder)
-        self.assertTrue((sources / KERNELS / "sub" / "a.inc").is_file())
+        self.assertTrue((sources / KERNELS / "sub" / "a.h").is_file())
         shutil.copy(REPO / "setup.edit.py", sources)
         name, files, output = wheel_of(sources)
         self.assertIn(self.library, files)
