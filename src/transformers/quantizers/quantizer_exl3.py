@@ -125,6 +125,12 @@ class Exl3HfQuantizer(HfQuantizer):
 
         if not QUANTIZED_HERE.items() <= self.quantization_config.converter_fields.items():
             check_architecture(model.config)
+        if checkpoint_files is None:
+            raise ValueError(
+                "EXL3 models are loaded from files, not from a `state_dict` alone: upstream does not show it to quantizers, and their "
+                "modules are made from the shapes of tensors. Save it to the file model.safetensors "
+                "(`safetensors.torch.save_file`) in a folder with the config, and load the folder."
+            )
         if not checkpoint_files:
             raise ValueError(
                 f"{model.config.name_or_path}: the EXL3 checkpoint has no weights, or its index names none. Download or "
@@ -204,9 +210,10 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         from ..distributed.utils import is_dtensor
+        from ..integrations.exl3.saving import state_with_repeated_layers
 
         if not model.is_distributed_loading_by_transformers and not any(map(is_dtensor, model.parameters())):
-            return super().get_state_dict_and_metadata(model)
+            return state_with_repeated_layers(model), {}
         from ..integrations.exl3.parallel import gathered
 
         return gathered(model, model.should_save_on_this_rank(is_main_process=True)), {}

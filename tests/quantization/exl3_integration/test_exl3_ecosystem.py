@@ -25,6 +25,7 @@ import tempfile
 import time
 import unittest
 import urllib.request
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +33,12 @@ from unittest import mock
 
 import torch
 from parameterized import parameterized
+from safetensors.torch import load_file
 from torch import nn
+from torch.testing import assert_close
 
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -177,6 +181,32 @@ class Exl3GenerationTest(unittest.TestCase):
             )
         self.assertEqual(generator.model.model.layers[0].mlp.up_proj.bits, 1)
         self.assertIn("generated_text", generator("w5 w6", max_new_tokens=2)[0])
+
+    def test_a_model_is_traced_for_torch_jit_and_saved(self):
+        class Logits(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, ids):
+                return self.model(ids, use_cache=False).logits
+
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, and tells of what it cannot trace
+            torch.jit.trace(Logits(self.model), (self.ids,)).save(f"{folder}/traced.pt")
+            traced = torch.jit.load(f"{folder}/traced.pt")
+            assert_close(traced(self.ids), self.model(self.ids).logits, rtol=0, atol=0)
+
+    def test_saving_a_layer_that_is_used_twice_is_refused_by_upstream_with_the_names(self):
+        model = AutoModelForCausalLM.from_pretrained(self.folder)
+        model.model.layers.append(model.model.layers[0])
+        with tempfile.TemporaryDirectory() as folder, self.assertRaisesRegex(RuntimeError, "shared tensors.*suh"):
+            model.save_pretrained(folder)
+
+    def test_a_state_dict_without_files_is_an_error_that_tells_what_to_do(self):
+        state = load_file(f"{self.folder}/model.safetensors")
+        with self.assertRaisesRegex(ValueError, "save_file"):
+            type(self.model).from_pretrained(None, config=AutoConfig.from_pretrained(self.folder), state_dict=state)
 
 
 @require_torch

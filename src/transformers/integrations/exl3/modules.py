@@ -68,6 +68,11 @@ def _refuse_gradients(requires_grad: bool = True):
         )
 
 
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A trellis as int16, whichever 16-bit type its file had. `torch.jit` does not know views of other dtypes: none without need."""
+    return tensor if tensor.dtype is torch.int16 else tensor.view(torch.int16)
+
+
 class Exl3Module(nn.Module):
     """
     What the modules here share.
@@ -247,7 +252,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
     @property
     def codes(self) -> torch.Tensor:
         """The trellis of this process as int16, whichever 16-bit type the file had."""
-        return local(self.trellis).view(torch.int16)
+        return _words(local(self.trellis))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         suh, svh = self.scales
@@ -534,7 +539,7 @@ class Exl3Embedding(Exl3Module):
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return ops.embedding(ids, self.trellis.view(torch.int16), self.signs, self.embedding_dim)
+        return ops.embedding(ids, _words(self.trellis), self.signs, self.embedding_dim)
 
     def encoded(self, weight: torch.Tensor, seed: int, effort: str, progress=None) -> dict[str, torch.Tensor]:
         """What stores `weight` `[num_embeddings, embedding_dim]` here: tensors by name. Arguments as of `ops.encode_embedding`."""

@@ -23,12 +23,15 @@ import os
 import re
 import shutil
 import weakref
+from collections import Counter
+
+import torch
 
 from ...modeling_utils import PreTrainedModel, _add_variant
 from ...utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import format
 from .checkpoint import read_checkpoint, read_header
-from .modules import Exl3Module
+from .modules import Exl3Linear, Exl3Module
 
 
 UNFINISHED = ".unfinished"  # where files are written first, in the folder that they are for
@@ -57,6 +60,21 @@ def tensor_storage(files: list[str]) -> dict[str, dict]:
         storage[module] |= {"quant_format": "exl3", "bits_per_weight": format.bits_of(tensors["trellis"])}
         storage[module] |= {f"{name}_multiplier": format.MARKERS[name] for name in format.MARKERS if name in tensors}
     return storage
+
+
+def state_with_repeated_layers(model) -> dict[str, torch.Tensor] | None:
+    """
+    The tensors of a model that has a quantized layer at several places, None for any other.
+
+    Upstream refuses such models with a message that names the shared tensors, and looks at these as rows of numbers to find
+    them: a trellis, whose tiles stand in memory by columns, is given as a copy of its own for each place.
+    """
+    times = Counter(m for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, Exl3Linear))
+    repeated = {module.trellis.data_ptr() for module, count in times.items() if count > 1}
+    if not repeated:
+        return None
+    state = model.state_dict()
+    return {name: value.contiguous() if value.data_ptr() in repeated else value for name, value in state.items()}
 
 
 class SaveWithTensorStorage:
