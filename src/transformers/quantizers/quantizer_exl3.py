@@ -186,23 +186,18 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
         from ..integrations.exl3.loading import finish_modules
-        from ..integrations.exl3.saving import guard_saving
 
         finish_modules(model, self.progress)
         if self.progress is not None:
             self.progress.close()
         self.placement = self.plan = self.progress = None
-        if not self.quantization_config.dequantize:
-            guard_saving(model)
         return model
 
     def _dequantize(self, model, dtype=None):
         from ..integrations.exl3.loading import dequantize_modules
-        from ..integrations.exl3.saving import release_saving
 
         # Saving leaves the config's dtype as a string.
         dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        release_saving(model)
         return model
 
     def is_serializable(self) -> bool:

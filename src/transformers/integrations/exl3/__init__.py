@@ -13,6 +13,7 @@
 # limitations under the License.
 """EXL3, the trellis-coded weight format of exllamav3 (a variant of QTIP, arXiv 2406.11235)."""
 
+from . import saving  # lets `save_pretrained` know quantized models
 from .loading import replace_with_exl3_modules
 from .modules import Exl3Linear
 

@@ -22,8 +22,8 @@ import math
 import os
 import re
 import shutil
-import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -77,102 +77,69 @@ def state_with_repeated_layers(model) -> dict[str, torch.Tensor] | None:
     return {name: value.contiguous() if value.data_ptr() in repeated else value for name, value in state.items()}
 
 
-class SaveWithTensorStorage:
+def _saving_exl3(save: Callable) -> Callable:
     """
-    Stands for a quantized model's `save_pretrained`: writes `quantization_config.json`, too, and moves the files to their
+    `save`, a `save_pretrained`, that for quantized models writes `quantization_config.json`, too, and moves the files to their
     places when all are written. What stops it before that leaves the folder as it was.
 
-    Upstream's quantizers see the tensors that are saved, but not where: hence this wrapper, an attribute of the model
-    that is copied and pickled with it. It looks like the method that it stands for, and does not keep the model alive.
-
-    Args:
-        model (`PreTrainedModel`): The model whose class's `save_pretrained` does the rest.
+    Upstream's quantizers see the tensors that are saved, but not where. An attribute of the model in place of its method would
+    keep the model alive, or not keep it alive while it saves.
     """
 
-    def __init__(self, model):
-        save = type(model).save_pretrained
-        functools.update_wrapper(self, save)
-        self.__signature__ = inspect.signature(save.__get__(model))
-        self._model = weakref.ref(model)
+    @functools.wraps(save)
+    def save_pretrained(self, *args, **kwargs):
+        if not any(isinstance(module, Exl3Module) for module in self.modules()):
+            return save(self, *args, **kwargs)
+        if getattr(self, "hf_quantizer", None) is None:
+            raise ValueError(
+                f"This {type(self).__name__} is a part of a quantized model, and saved alone it would be loaded without its quantized "
+                "weights. Save the whole model, or call its `dequantize` first."
+            )
+        return _save_whole(save, self, *args, **kwargs)
 
-    @property
-    def model(self):
-        model = self._model()
-        if model is None:
-            raise ReferenceError("The model that this `save_pretrained` is of has been deleted.")
-        return model
+    return save_pretrained
 
-    def __reduce__(self):
-        return type(self), (self.model,)
 
-    def __deepcopy__(self, memo):
-        return type(self)(memo[id(self.model)])  # the copy of the model, which is being made
+PreTrainedModel.save_pretrained = _saving_exl3(PreTrainedModel.save_pretrained)
 
-    def __call__(self, *args, **kwargs):
-        model = self.model
-        save = type(model).save_pretrained
-        call = inspect.signature(save).bind(model, *args, **kwargs)
-        call.apply_defaults()
-        arguments = call.arguments
-        if arguments["distributed_checkpoint"]:
-            raise ValueError("EXL3 models are not saved with `distributed_checkpoint=True`: leave it out.")
-        folder, hub_arguments = arguments["save_directory"], arguments["kwargs"]
-        push_to_hub, arguments["push_to_hub"] = arguments["push_to_hub"], False
-        is_writer = model.should_save_on_this_rank(arguments["is_main_process"])
+
+def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
+    """`save(model, ...)`, with the map of tensors and in one step; see `_saving_exl3`."""
+    call = inspect.signature(save).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    arguments = call.arguments
+    if arguments["distributed_checkpoint"]:
+        raise ValueError("EXL3 models are not saved with `distributed_checkpoint=True`: leave it out.")
+    folder, hub_arguments = arguments["save_directory"], arguments["kwargs"]
+    push_to_hub, arguments["push_to_hub"] = arguments["push_to_hub"], False
+    is_writer = model.should_save_on_this_rank(arguments["is_main_process"])
+    if is_writer:
+        arguments["save_directory"] = unfinished = os.path.join(folder, UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    asked = getattr(model.config, "distributed_config", None)
+    model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
+    try:
+        with _logging_paths(os.path.join(folder, UNFINISHED), os.fspath(folder)):
+            save(*call.args, **call.kwargs)
         if is_writer:
-            arguments["save_directory"] = unfinished = os.path.join(folder, UNFINISHED)
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        asked = getattr(model.config, "distributed_config", None)
-        model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
-        try:
-            with _logging_paths(os.path.join(folder, UNFINISHED), os.fspath(folder)):
-                save(*call.args, **call.kwargs)
-            if is_writer:
-                if not getattr(model, "_hf_peft_config_loaded", False):
-                    self._write_tensor_storage(unfinished)
-                _move(unfinished, folder, arguments["variant"])
-        finally:
-            model.config.distributed_config = asked
-            if is_writer:
-                shutil.rmtree(unfinished, ignore_errors=True)
-        if is_writer and push_to_hub:
-            hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
-            model.push_to_hub(token=arguments["token"], **hub_arguments)
-        model.barrier_after_gathered_checkpoint_save(asked)
-
-    def _write_tensor_storage(self, folder: str):
-        files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
-        storage = {"tensor_storage": tensor_storage(files)}
-        with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
-            json.dump(self.model.config.quantization_config.to_dict() | storage, file, indent=4)
+            if not getattr(model, "_hf_peft_config_loaded", False):
+                _write_tensor_storage(model, unfinished)
+            _move(unfinished, folder, arguments["variant"])
+    finally:
+        model.config.distributed_config = asked
+        if is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if is_writer and push_to_hub:
+        hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
+        model.push_to_hub(token=arguments["token"], **hub_arguments)
+    model.barrier_after_gathered_checkpoint_save(asked)
 
 
-class RefuseToSave:
-    """Stands for the `save_pretrained` of a model inside a quantized one, which has no config that says so."""
-
-    def __init__(self, part: str, whole: str):
-        self.part, self.whole = part, whole
-
-    def __call__(self, *args, **kwargs):
-        raise ValueError(
-            f"This {self.part} is a part of a quantized {self.whole}, and saved alone it would be loaded without its quantized "
-            f"weights. Save the {self.whole}, or call its `dequantize` first."
-        )
-
-
-def guard_saving(model):
-    """Have the quantized `model` saved as EXL3 is, and refuse to save models inside of it that have quantized weights."""
-    model.save_pretrained = SaveWithTensorStorage(model)
-    for part in model.modules():
-        if part is not model and isinstance(part, PreTrainedModel):
-            if any(isinstance(module, Exl3Module) for module in part.modules()):
-                part.save_pretrained = RefuseToSave(type(part).__name__, type(model).__name__)
-
-
-def release_saving(model):
-    """Undo `guard_saving`: `model` is a plain one now."""
-    for part in model.modules():
-        vars(part).pop("save_pretrained", None)
+def _write_tensor_storage(model: PreTrainedModel, folder: str):
+    files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
+    storage = {"tensor_storage": tensor_storage(files)}
+    with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
+        json.dump(model.config.quantization_config.to_dict() | storage, file, indent=4)
 
 
 @contextlib.contextmanager
