@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 # What a config says of weights that were quantized here. Converters fold constants into those of some architectures.
 QUANTIZED_HERE = {"quantized_by": "transformers"}
+TIED_HEAD = {"tied_head": True}  # to a quantized table, which no converter writes
 
 
 class Exl3HfQuantizer(HfQuantizer):
@@ -107,12 +108,15 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.progress import Progress
 
         config = self.quantization_config
-        config._check_unknown(config.converter_fields.keys() - QUANTIZED_HERE)  # of a dict that a user wrote
+        # Of a dict that a user wrote.
+        config._check_unknown(config.converter_fields.keys() - QUANTIZED_HERE.keys() - TIED_HEAD.keys())
         config.codebook = config.codebook or "mul1"
         config.converter_fields |= QUANTIZED_HERE
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         # The default names the last parameter, whose module is meant: a bias as well as a weight.
         self.plan = Plan(model, config, [name.removesuffix(".bias") for name in skip])
+        if self.plan.has_tied_head:
+            config.converter_fields |= TIED_HEAD
         self.progress = Progress(self.plan.weights, int(config.bits), config.codebook, config.effort)
         if device_map is None or not torch.accelerator.is_available():
             self.progress.check(torch.device("cpu"))  # elsewhere when the first weight is there
@@ -153,7 +157,8 @@ class Exl3HfQuantizer(HfQuantizer):
                 f"The config of this checkpoint names the codebook `{codebook}`, and none of its layers has the marker of "
                 "that name. They are decoded with the codebook that their tensors tell, `3inst` where they tell none."
             )
-        self.placement = Placement(checkpoint, model)
+        has_tied_head = TIED_HEAD.items() <= self.quantization_config.converter_fields.items()
+        self.placement = Placement(checkpoint, model, has_tied_head)
         untie(model, self.placement.modules)
         return self.placement.modules
 

@@ -35,7 +35,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.integrations.exl3 import format
-from transformers.integrations.exl3.modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from transformers.integrations.exl3.modules import (
+    Exl3Embedding,
+    Exl3Experts,
+    Exl3Linear,
+    Exl3Module,
+    Exl3SplitLinear,
+    Exl3TiedHead,
+)
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
@@ -292,6 +299,9 @@ class Exl3QuantizingTest(unittest.TestCase):
             ("llama", 6, Exl3Embedding, Exl3Linear),
             ("llama_tied", 8, Exl3Embedding, Exl3Linear),
             ("llama_tied", 16, Exl3Embedding, nn.Linear),
+            ("llama_tied", None, Exl3Embedding, Exl3TiedHead),
+            ("gemma3", None, Exl3Embedding, Exl3TiedHead),
+            ("gpt2", None, Exl3Embedding, Exl3TiedHead),
             ("gemma3_text", 8, Exl3Embedding, Exl3Linear),  # scales its rows
             ("gemma3", 16, Exl3Embedding, nn.Linear),
             ("gpt2", 8, Exl3Embedding, Exl3Linear),
@@ -329,7 +339,6 @@ class Exl3QuantizingTest(unittest.TestCase):
 
     @parameterized.expand(
         [
-            ("llama_tied", "the head of LlamaForCausalLM is tied to the input embeddings: .* Set `head_bits`, too"),
             (
                 "t5",
                 "decoder.embed_tokens.weight, encoder.embed_tokens.weight, lm_head.weight of T5.* are tied to the input",
@@ -340,6 +349,51 @@ class Exl3QuantizingTest(unittest.TestCase):
     def test_embeddings_that_cannot_be_quantized_are_an_error(self, name, message):
         with self.assertRaisesRegex(ValueError, f"`embedding_bits` is set.*{message}"):
             self.quantize(name, Exl3Config(bits=1, embedding_bits=4))
+
+    @parameterized.expand(["llama_tied", "gemma3_text"])
+    def test_a_head_that_stays_tied_to_quantized_embeddings(self, name):
+        """It has their weight, is not saved, and becomes a plain layer with them; whatever casts the model casts it."""
+        with self.assertLogs("transformers", "INFO"):
+            quantized, model = self.quantize(name, Exl3Config(bits=8, embedding_bits=6), dtype=torch.bfloat16)
+        table = quantized.get_input_embeddings().dequantized("weight")
+        self.assertTrue(torch.equal(quantized.lm_head.weight, table.bfloat16()))
+        self.assertLess(error(table, model.lm_head.weight), 0.02)
+        quantized.tie_weights()  # nothing to tie
+        self.assertEqual(quantized.dtype, torch.bfloat16)
+        result = outputs(quantized, name)
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as again:
+            quantized.save_pretrained(folder)
+            self.assertFalse([tensor for tensor in read_tensors(folder) if "lm_head" in tensor])
+            loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
+            self.assertTrue(torch.equal(outputs(loaded, name), result))
+            self.assertTrue(torch.equal(outputs(copy.deepcopy(loaded), name), result))
+            self.assertEqual(loaded.dtype, torch.bfloat16)
+            self.assertEqual(loaded.to(torch.float32).lm_head.weight.dtype, torch.float32)
+            self.assertEqual((loaded.dtype, outputs(loaded, name).dtype), (torch.float32, torch.float32))
+            loaded.save_pretrained(again)
+            expected = read_tensors(folder)
+            for key, tensor in read_tensors(again).items():
+                self.assertTrue(torch.equal(tensor.to(expected[key].dtype), expected[key]))
+            base = AutoModel.from_pretrained(folder)
+            self.assertIsInstance(base.get_input_embeddings(), Exl3Embedding)
+            plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(dequantize=True))
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+                config = json.load(file)
+            del config["quantization_config"]["tied_head"]
+            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+                json.dump(config, file)
+            with self.assertRaisesRegex(ValueError, "lm_head has neither a `weight` nor a `trellis`"):
+                AutoModelForCausalLM.from_pretrained(folder)
+        for other in (plain, quantized.dequantize()):
+            self.assertIs(type(other.lm_head), nn.Linear)
+            self.assertTrue(torch.equal(other.lm_head.weight, table.to(other.dtype)))
+            self.assertTrue(torch.equal(other.get_input_embeddings().weight, other.lm_head.weight))
+
+    def test_a_config_may_be_used_again(self):
+        config = Exl3Config(bits=1, embedding_bits=1)
+        for name in ("llama_tied", "llama"):
+            self.quantize(name, config)
 
     def test_embeddings_to_be_quantized_and_left_are_an_error(self):
         config = Exl3Config(bits=1, embedding_bits=4, modules_to_not_convert=["embed_tokens"])

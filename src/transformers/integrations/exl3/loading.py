@@ -37,7 +37,7 @@ from ...core_model_loading import (
 from ...distributed.sharding_utils import DtensorShardOperation, _dtensor_from_local_like
 from ...distributed.utils import is_dtensor
 from . import encoder, format, ops
-from .modules import Exl3Linear, Exl3Module, whole
+from .modules import Exl3Embedding, Exl3Linear, Exl3Module, Exl3TiedHead, whole
 from .progress import Progress
 
 
@@ -245,7 +245,10 @@ class Exl3Dequantize(Exl3Make):
             module.get_submodule(layer).store(stored)
         plain = module.dequantize(self.hf_quantizer.float_dtype)
         del placement.modules[path]  # with the quantized tensors
-        return {f"{path}.{name}": value.detach() for name, value in plain.named_parameters(recurse=False)}
+        made = {f"{path}.{name}": value.detach() for name, value in plain.named_parameters(recurse=False)}
+        if placement.tied_head is not None and isinstance(module, Exl3Embedding):
+            made[f"{placement.tied_head}.weight"] = made[parameter].clone()
+        return made
 
 
 def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> list[WeightTransform]:
@@ -402,6 +405,8 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
         progress (`Progress`, *optional*): Of a model that is quantized.
     """
     for path, module in list(model.named_modules()):
+        if isinstance(module, Exl3TiedHead):
+            module.decode(model.get_input_embeddings())
         if getattr(module, "pending", None):
             if any(is_dtensor(getattr(module, name)) for name in module.pending):
                 raise ValueError(
@@ -415,6 +420,8 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
                 for tensor, result in quantize_parameter(path, module, name, value, progress).items():
                     owner, _, leaf = tensor.rpartition(".")
                     _set(model.get_submodule(owner), leaf, result)
+        if isinstance(module, Exl3Embedding):
+            module.to_plain_dtype()
         if isinstance(module, Exl3Module):
             module.requires_grad_(False)
         for name, parameter in module._parameters.items():

@@ -25,6 +25,7 @@ which plain parameter each part stands for; quantizing reads through these views
 | `Exl3SlicedLinear` | a very wide MLP projection          | `slice.0`, `slice.1`, ...                      |
 | `Exl3Experts`      | experts fused into 3-D parameters   | `0.expert_gate`, `0.expert_up`, ...            |
 | `Exl3Embedding`    | `nn.Embedding`                      | itself                                         |
+| `Exl3TiedHead`     | a head tied to such an embedding     | nothing: its weight is decoded from there      |
 """
 
 import copy
@@ -98,9 +99,8 @@ class Exl3Module(nn.Module):
         """Hold `tensors`, which are of the names, shapes and dtypes of a checkpoint."""
         self.stored = tuple(tensors)
         for name, tensor in tensors.items():
-            # FSDP shards parameters and takes no scalars. An embedding often has a model's first float parameter, whose
-            # dtype upstream takes for the model's.
-            if name == "signs" or name in format.MARKERS:
+            # FSDP shards parameters and takes no scalars.
+            if name in format.MARKERS:
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -513,6 +513,9 @@ class Exl3Embedding(Exl3Module):
     A quantized embedding table, whose rows are decoded when they are looked up. It is no `nn.Embedding`: nothing else
     may be tied to its weight.
 
+    An embedding often has a model's first float parameter, whose dtype upstream takes for the model's. Hence `signs` are of the
+    model's dtype here, which every dtype has, and rows are as well. In checkpoints they are fp16.
+
     Args:
         tensors (`dict[str, torch.Tensor]`): `trellis` int16 `[vocab, G(1+16K)]` and `signs` fp16 `[G, 256]`.
         plain (`nn.Embedding`): The table that this one stands for.
@@ -522,7 +525,7 @@ class Exl3Embedding(Exl3Module):
         super().__init__()
         self._stand_for(plain)
         self.num_embeddings, self.embedding_dim = plain.num_embeddings, plain.embedding_dim
-        self.store(tensors)
+        self.store(tensors | {"signs": tensors["signs"].to(self.plain_dtype)})
         # The one thing that upstream's subclasses of `nn.Embedding` add: Gemma's scale.
         scale = getattr(plain, "scalar_embed_scale", None)
         self.embed_scale = float(plain.embed_scale) if scale is None and hasattr(plain, "embed_scale") else scale
@@ -535,8 +538,19 @@ class Exl3Embedding(Exl3Module):
         return plain
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = self._rows(ids).to(self.plain_dtype)
+        rows = self._rows(ids).to(self.signs.dtype)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)
+
+    def to_plain_dtype(self):
+        """Have the signs in the model's dtype, as they are to be once they are there."""
+        self.signs.data = self.signs.data.to(self.plain_dtype)
+
+    def _apply(self, fn, recurse=True):
+        return nn.Module._apply(self, fn, recurse)  # casts what is floating, the signs alone
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}signs"] = destination[f"{prefix}signs"].half()
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         return ops.embedding(ids, _words(self.trellis), self.signs, self.embedding_dim)
@@ -550,11 +564,16 @@ class Exl3Embedding(Exl3Module):
 
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight`, fp32 `[num_embeddings, embedding_dim]`."""
-        weight = torch.empty(self.num_embeddings, self.embedding_dim, device=self.device)
+        return self.decode_into(torch.empty(self.num_embeddings, self.embedding_dim, device=self.device))
+
+    def decode_into(self, weight: torch.Tensor) -> torch.Tensor:
+        """Write the whole table to `weight` `[num_embeddings, embedding_dim]`, of any floating dtype, and return that."""
+        trellis = whole(self.trellis).view(torch.int16)
         rows = max(ops.STRIP_ELEMENTS // self.signs.numel() // 8, 1)  # their states are made of single bits
         for start in range(0, self.num_embeddings, rows):
             stop = min(start + rows, self.num_embeddings)
-            weight[start:stop] = self._rows(torch.arange(start, stop, device=self.device))
+            ids = torch.arange(start, stop, device=self.device)
+            weight[start:stop] = ops.embedding(ids, trellis, self.signs, self.embedding_dim)
         return weight
 
     def plain_views(self, name, tensor):
@@ -563,3 +582,47 @@ class Exl3Embedding(Exl3Module):
     def extra_repr(self) -> str:
         bits = format.embedding_bits(self.trellis, self.signs)
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, bits={bits}"
+
+
+class Exl3TiedHead(Exl3Module, nn.Linear):
+    """
+    A head that is tied to a quantized embedding table: a plain layer, whose weight is not saved but decoded from the table.
+
+    Args:
+        plain (`nn.Linear`): The head, without a bias.
+    """
+
+    def __init__(self, plain: nn.Linear):
+        nn.Module.__init__(self)
+        self._stand_for(plain)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.register_parameter("bias", None)
+        weight = torch.empty(plain.weight.shape, dtype=self.plain_dtype, device="meta")
+        self.register_buffer("weight", weight, persistent=False)
+
+    def decode(self, table: nn.Module):
+        """Take the weight from the quantized `table`, once its tensors are there."""
+        if not isinstance(table, Exl3Embedding):
+            raise ValueError(
+                "The head is tied to quantized embeddings, and the checkpoint lacks these: leave `embedding_bits` unset."
+            )
+        if table.trellis.is_meta:
+            raise ValueError(
+                "The head is tied to quantized embeddings, which are offloaded to disk: keep them in memory (`device_map`), or "
+                "quantize the model with `head_bits`."
+            )
+        table.decode_into(self.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def _apply(self, fn, recurse=True):
+        return nn.Module._apply(self, fn, recurse)  # a weight like that of other plain layers
+
+    def dequantized(self, leaf: str) -> torch.Tensor:
+        """`weight` `[out_features, in_features]`, as it is."""
+        return self.weight
+
+    def plain_views(self, name, tensor):
+        yield "", name, tensor

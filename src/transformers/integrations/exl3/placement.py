@@ -40,7 +40,15 @@ from .architecture import (
     part_sizes,
 )
 from .checkpoint import Checkpoint, Exl3CheckpointError
-from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
+from .modules import (
+    Exl3Embedding,
+    Exl3Experts,
+    Exl3Linear,
+    Exl3Module,
+    Exl3SlicedLinear,
+    Exl3SplitLinear,
+    Exl3TiedHead,
+)
 
 
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
@@ -53,18 +61,21 @@ class Placement:
     Args:
         checkpoint (`Checkpoint`): What the files hold.
         model (`PreTrainedModel`): On the meta device.
+        has_tied_head (`bool`, *optional*, defaults to `False`): Whether the output embeddings are tied to quantized input
+            embeddings, so that the checkpoint has no tensors for them.
 
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what has to stand there.
         layers (`dict[str, str]`): Module name in the checkpoint to that of the `Exl3Linear` or `Exl3Embedding` in the model.
         padded (`dict[str, str]`): Tensor name in the checkpoint to the model's parameter, for tensors stored with padding.
+        tied_head (`str` or `None`): Path in the model of a head that is decoded from the quantized input embeddings.
 
     Raises:
         `Exl3CheckpointError`: Where a quantized module has no place in the model, or does not fit it, or where the model
             has parameters that the checkpoint lacks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model):
+    def __init__(self, checkpoint: Checkpoint, model, has_tied_head: bool = False):
         self.checkpoint, self.model = checkpoint, model
         self.modules: dict[str, Exl3Module] = {}
         self.layers: dict[str, str] = {}
@@ -83,6 +94,9 @@ class Placement:
         for name, tensors in checkpoint.embeddings.items():
             path = self._target(name)[0]
             self._add(path, [name], self._embedding(name, path, tensors))
+        self.tied_head = self._tied_head() if has_tied_head else None
+        if self.tied_head is not None:
+            self.modules[self.tied_head] = Exl3TiedHead(self._paths[self.tied_head])
         self._check_others()
         if self._problems:
             raise Exl3CheckpointError(
@@ -281,6 +295,17 @@ class Placement:
             )
             return None
         return Exl3Embedding({leaf: tensor.to("meta") for leaf, tensor in tensors.items()}, plain)
+
+    def _tied_head(self) -> str | None:
+        """Path of the output embeddings, which the input embeddings of the checkpoint stand for, where the model has any."""
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        path = next((path for path, module in self._paths.items() if module is head), None)
+        if path is None or path in self.modules:
+            return None
+        if not any(isinstance(m, Exl3Embedding) and self._paths[name] is table for name, m in self.modules.items()):
+            self._problems.append(f"{path} is tied to the input embeddings by its config, and these are not quantized")
+            return None
+        return path
 
     def _check_others(self):
         """Note tensors that are stored with padding, and parameters that nothing in the checkpoint is for."""

@@ -32,7 +32,7 @@ from .architecture import (
     untie,
 )
 from .checkpoint import embedding_tensors, linear_tensors
-from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear
+from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear, Exl3TiedHead
 from .selection import selected
 
 
@@ -66,6 +66,7 @@ class Plan:
         modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
         names (`dict[str, str]`): Tensor names that checkpoints have for parts of fused modules, to those in the model.
         tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
+        has_tied_head (`bool`): Whether the output embeddings stay tied to the input embeddings, which are quantized.
         weights (`int`): How many weights there are to quantize.
 
     Raises:
@@ -114,6 +115,7 @@ class Plan:
             self.bits[head] = {"": config.head_bits}
             sizes[head] = self._sizes(head)
             self._untie_head(head)
+        self.has_tied_head = False
         if config.embedding_bits not in (None, PLAIN):
             embedding = self._embedding(head, config)
             if selected(own, [*self._paths], [embedding]):
@@ -224,12 +226,12 @@ class Plan:
         group = {weight, tied.get(weight, weight)}
         tied_to = sorted({name for pair in tied.items() if group & {*pair} for name in pair} - {weight})
         if tied_to == [f"{head}.weight"]:
-            if config.head_bits is None:
-                raise ValueError(
-                    f"`embedding_bits` is set, and the head of {kind} is tied to the input embeddings: a head cannot be tied to "
-                    "a quantized table, it becomes a matrix of its own. Set `head_bits`, too: to a rate, or to 16 for a float head."
-                )
-            self._untie_head(head)
+            if config.head_bits is None and self._paths[head].bias is None:
+                untie(self.model, [head])
+                self.modules[head] = Exl3TiedHead(self._paths[head])
+                self.has_tied_head = True
+            else:
+                self._untie_head(head)
         elif tied_to:
             raise ValueError(
                 f"`embedding_bits` is set, and {', '.join(tied_to)} of {kind} are tied to the input embeddings: that is not possible "
