@@ -359,6 +359,8 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertTrue(torch.equal(quantized.lm_head.weight, table.bfloat16()))
         self.assertLess(error(table, model.lm_head.weight), 0.02)
         quantized.tie_weights()  # nothing to tie
+        with self.assertRaisesRegex(AttributeError, r"embeddings are quantized .* `model.dequantize\(\)` first"):
+            quantized.resize_token_embeddings(110)
         self.assertEqual(quantized.dtype, torch.bfloat16)
         result = outputs(quantized, name)
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as again:

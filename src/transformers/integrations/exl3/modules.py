@@ -541,6 +541,17 @@ class Exl3Embedding(Exl3Module):
         rows = self._rows(ids).to(self.signs.dtype)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale).to(rows)
 
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name != "weight":
+                raise
+            raise AttributeError(
+                "The embeddings are quantized (Exl3Embedding) and have no `weight` to be read, tied or resized. Make the model plain with "
+                "`model.dequantize()` first."
+            ) from error
+
     def to_plain_dtype(self):
         """Have the signs in the model's dtype, as they are to be once they are there."""
         self.signs.data = self.signs.data.to(self.plain_dtype)
@@ -568,12 +579,12 @@ class Exl3Embedding(Exl3Module):
 
     def decode_into(self, weight: torch.Tensor) -> torch.Tensor:
         """Write the whole table to `weight` `[num_embeddings, embedding_dim]`, of any floating dtype, and return that."""
-        trellis = whole(self.trellis).view(torch.int16)
+        trellis, signs = whole(self.trellis).view(torch.int16), whole(self.signs)
         rows = max(ops.STRIP_ELEMENTS // self.signs.numel() // 8, 1)  # their states are made of single bits
         for start in range(0, self.num_embeddings, rows):
             stop = min(start + rows, self.num_embeddings)
             ids = torch.arange(start, stop, device=self.device)
-            weight[start:stop] = ops.embedding(ids, trellis, self.signs, self.embedding_dim)
+            weight[start:stop] = ops.embedding(ids, trellis, signs, self.embedding_dim)
         return weight
 
     def plain_views(self, name, tensor):
