@@ -554,7 +554,8 @@ class Exl3Embedding(Exl3Module):
 
     def to_plain_dtype(self):
         """Have the signs in the model's dtype, as they are to be once they are there."""
-        self.signs.data = self.signs.data.to(self.plain_dtype)
+        if self.signs.dtype != self.plain_dtype:
+            self.signs = nn.Parameter(self.signs.detach().to(self.plain_dtype), requires_grad=False)
 
     def _apply(self, fn, recurse=True):
         return nn.Module._apply(self, fn, recurse)  # casts what is floating, the signs alone
