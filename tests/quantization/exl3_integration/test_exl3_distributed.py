@@ -79,7 +79,8 @@ def load(folder, dequantize=False, **kwargs):
     """The checkpoint in `folder`, quantized on the fly where it is a float one."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         if "quantization_config" not in json.load(file):
-            kwargs["quantization_config"] = Exl3Config(bits=1, head_bits=2, effort="fast")
+            tables = {"embedding_bits": 1} if "tied" in folder else {"head_bits": 2, "embedding_bits": 1}
+            kwargs["quantization_config"] = Exl3Config(bits=1, effort="fast", **tables)
     if dequantize:
         kwargs["quantization_config"] = Exl3Config(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
@@ -207,6 +208,11 @@ def llama_float():
     return SyntheticCheckpoint(model)
 
 
+def llama_tied_float():
+    """The same, to be quantized with a head that stays tied to the embeddings."""
+    return llama_float()
+
+
 def qwen3_moe_float():
     """Experts, and a head with other sizes than whole blocks."""
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 64}
@@ -227,6 +233,7 @@ TASKS = [
         (llama, ("tensor_parallel", "fsdp", "dequantized_tensor_parallel", "dequantized_fsdp")),
         (phi3, ("tensor_parallel",)),
         (llama_float, ("tensor_parallel", "fsdp")),
+        (llama_tied_float, ("tensor_parallel", "fsdp")),
         (qwen3_moe, ("tensor_parallel", "expert_parallel", "fsdp", "dequantized_expert_parallel")),
         (qwen3_moe_float, ("tensor_parallel", "expert_parallel", "fsdp")),
     )
