@@ -126,10 +126,14 @@ class Exl3Module(nn.Module):
 
     def wait_for_plain(self):
         """
-        Have the parameters of the plain module as well, on the meta device, so that a checkpoint's weights find them: as
-        buffers, which are read whole where parameters are divided among processes.
+        Have the parameters of the plain module as well, on the meta device, so that a checkpoint's weights find them, and
+        upstream's conversions, which ask for a parameter to read its shape or dtype. They stand among the buffers, which are
+        read whole where parameters are divided among processes.
         """
-        plain = {name: parameter.detach() for name, parameter in self.plain.named_parameters(recurse=False)}
+        plain = {
+            name: nn.Parameter(parameter.detach(), requires_grad=False)
+            for name, parameter in self.plain.named_parameters(recurse=False)
+        }
         self._buffers.update({name: value for name, value in plain.items() if name not in self.stored})
         self.pending = set(plain)
 

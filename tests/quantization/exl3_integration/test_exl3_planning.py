@@ -1,0 +1,135 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is quantized on the fly of architectures of all kinds, and what upstream's conversions find while it is."""
+
+import ast
+import inspect
+import tempfile
+import textwrap
+import unittest
+
+import torch
+from parameterized import parameterized
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Exl3Config
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.exl3.loading import replace_with_exl3_modules
+from transformers.integrations.exl3.modules import Exl3Module
+from transformers.integrations.exl3.planning import Plan
+from transformers.testing_utils import require_accelerate, require_torch
+
+from .tiny_models import MODELS, ONE_LAYER
+
+
+# Upstream's conversions that read the model they load into, and what they read of a parameter there.
+READS_THE_MODEL = {
+    "Split": "shape",
+    "Transpose": "shape",
+    "Inkling2LoopDequantizeExperts": "dtype",
+    "Inkling2UnpadVocab": "dtype",
+}
+
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 96}
+QWEN_VL = {
+    "text_config": {
+        **{**ONE_LAYER, **EXPERTS, "head_dim": 32},
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+    },
+    "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128}
+    | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+}
+
+
+def planned(name_or_model, config=None):
+    """A model on the meta device and its plan."""
+    model = name_or_model
+    if isinstance(name_or_model, str):
+        auto_class, model_config = MODELS[name_or_model]
+        with torch.device("meta"):
+            model = auto_class.from_config(model_config)
+    config = config or Exl3Config(bits=2)
+    config.codebook = config.codebook or "mul1"
+    return model, Plan(model, config, ["lm_head"])
+
+
+def conversions_that_read_the_model():
+    """Names of the operations, upstream's, whose code uses what is passed to it as `model`."""
+
+    def subclasses(kind):
+        for subclass in kind.__subclasses__():
+            yield subclass
+            yield from subclasses(subclass)
+
+    for kind in subclasses(ConversionOps):
+        if ".exl3" in kind.__module__ or ".integrations." in kind.__module__:
+            continue
+        names = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind))))
+        if any(
+            (isinstance(node, ast.Name) and node.id == "model")
+            or (isinstance(node, ast.Constant) and node.value == "model")
+            for node in names
+        ):
+            yield kind.__name__
+
+
+@require_torch
+@require_accelerate
+class Exl3ConversionsThatReadTheModelTest(unittest.TestCase):
+    def test_all_are_known(self):
+        """Of another one it has to be seen whether it finds what it reads while parameters wait to be quantized."""
+        self.assertEqual(set(conversions_that_read_the_model()), set(READS_THE_MODEL))
+
+    @parameterized.expand(sorted(MODELS))
+    def test_parameters_that_wait_are_found(self, name):
+        auto_class, config = MODELS[name]
+        with torch.device("meta"):
+            expected = {key: (p.shape, p.dtype) for key, p in auto_class.from_config(config).named_parameters()}
+        model, plan = planned(name)
+        replace_with_exl3_modules(model, plan.modules)
+        found = {key: model.get_parameter(key) for key in expected}
+        self.assertEqual(
+            {key: (p.shape, p.dtype) for key, p in found.items() if not self._is_stored(model, key)},
+            {key: value for key, value in expected.items() if not self._is_stored(model, key)},
+        )
+
+    @staticmethod
+    def _is_stored(model, name):
+        """Whether a parameter has the name of a quantized layer's, a bias: then it has that one's shape and dtype."""
+        module = model.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, Exl3Module) and name.rpartition(".")[2] in module.stored
+
+    @parameterized.expand(
+        [
+            # Rows of query, key and value in one tensor, and as many of each as the model has.
+            ("sarvam_moe", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, "head_dim": 32}, ["mlp"], 4),
+            # Experts in either orientation.
+            ("qwen3_vl_moe", AutoModelForImageTextToText, QWEN_VL, ["visual", "self_attn"], 1),
+        ]
+    )
+    def test_models(self, architecture, auto_class, fields, skip, modules):
+        torch.manual_seed(0)
+        model = auto_class.from_config(AutoConfig.for_model(architecture, **fields)).eval()
+        config = Exl3Config(bits=8, effort="fast", modules_to_not_convert=skip)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            quantized = auto_class.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+        found = {path: module for path, module in quantized.named_modules() if isinstance(module, Exl3Module)}
+        inner = {path for path in found if any(path.startswith(f"{other}.") for other in found)}
+        self.assertEqual(len(found.keys() - inner), modules)
+        for path in found.keys() - inner:
+            plain = found[path].dequantize()
+            for name, parameter in model.get_submodule(path).named_parameters(recurse=False):
+                expected, result = parameter.detach(), plain.get_parameter(name).detach()
+                error = (result - expected).pow(2).mean() / expected.pow(2).mean()
+                self.assertLess(float(error), 1e-3, f"{path}.{name}")
