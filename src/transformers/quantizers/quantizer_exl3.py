@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import re
 from typing import TYPE_CHECKING
 
 from ..utils import is_accelerate_available, is_torch_available, logging
@@ -159,6 +160,11 @@ class Exl3HfQuantizer(HfQuantizer):
             )
         has_tied_head = TIED_HEAD.items() <= self.quantization_config.converter_fields.items()
         self.placement = Placement(checkpoint, model, has_tied_head)
+        # Of these the loading report is to be silent: `restore` tells of what matters, and the codes count.
+        lacking = [f"^{re.escape(name)}$" for name in self.placement.lacking]
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *lacking}
+        superseded = [rf"^{re.escape(owner)}\.\w+$" for owner in {*self.placement.superseded.values()}]
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *superseded}
         untie(model, self.placement.modules)
         return self.placement.modules
 
@@ -191,10 +197,13 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
         from ..integrations.exl3.loading import finish_modules
+        from ..integrations.exl3.restoring import restore
 
         finish_modules(model, self.progress)
         if self.progress is not None:
             self.progress.close()
+        if self.placement is not None:
+            restore(model, self.placement.lacking)
         self.placement = self.plan = self.progress = None
         return model
 

@@ -239,6 +239,8 @@ class Exl3Dequantize(Exl3Make):
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
+            if owner not in placement.layers:
+                continue  # superseded
             layer = placement.layers[owner].removeprefix(path).removeprefix(".")
             layers.setdefault(layer, {})[leaf] = tensor
         for layer, stored in layers.items():
@@ -275,6 +277,10 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         stored = Exl3Stored(placement.modules, placement.model, weight_conversions)
         return [*converters, *weight_conversions, Exl3Names(names), stored]
     targets = {name: _first_plain_parameter(placement, layer) for name, (layer, _) in tensors.items()}
+    targets |= {
+        apply_renamings(name, renamings): _first_plain_parameter(placement, owner)
+        for name, owner in placement.superseded.items()
+    }
     return [Exl3Dequantize(hf_quantizer).converter(targets), *converters, *weight_conversions]
 
 

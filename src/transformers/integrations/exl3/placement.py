@@ -49,6 +49,7 @@ from .modules import (
     Exl3SplitLinear,
     Exl3TiedHead,
 )
+from .restoring import ROUTER_CORRECTIONS
 
 
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
@@ -69,6 +70,9 @@ class Placement:
         layers (`dict[str, str]`): Module name in the checkpoint to that of the `Exl3Linear` or `Exl3Embedding` in the model.
         padded (`dict[str, str]`): Tensor name in the checkpoint to the model's parameter, for tensors stored with padding.
         tied_head (`str` or `None`): Path in the model of a head that is decoded from the quantized input embeddings.
+        superseded (`dict[str, str]`): Tensor name in the checkpoint to module in the model, for plain weights that stand beside
+            the quantized parts of the same module: the codes count.
+        lacking (`list[str]`): Buffers of the model, and corrections of routers, that the checkpoint lacks, for `restore`.
 
     Raises:
         `Exl3CheckpointError`: Where a quantized module has no place in the model, or does not fit it, or where the model
@@ -80,6 +84,8 @@ class Placement:
         self.modules: dict[str, Exl3Module] = {}
         self.layers: dict[str, str] = {}
         self.padded: dict[str, str] = {}
+        self.superseded: dict[str, str] = {}
+        self.lacking: list[str] = []
         self._problems: list[str] = []
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -232,7 +238,21 @@ class Placement:
         layers = {
             part: self._linear(name, linear_sizes(plain)[0], size) for part, name, size in zip(order, names, sizes)
         }
-        return None if None in layers.values() else Exl3SplitLinear(layers, plain)
+        if None in layers.values() or not self._have_biases(path, plain, names):
+            return None
+        return Exl3SplitLinear(layers, plain)
+
+    def _have_biases(self, path: str, plain: nn.Module, names: list[str]) -> bool:
+        """Whether the parts `names` have biases where `plain`, which they make up, has one; a problem is noted if not."""
+        has = ["bias" in self.checkpoint.linears[name] for name in names]
+        if has == [plain.bias is not None] * len(names):
+            return True
+        odd = [name for name, some in zip(names, has) if some is (plain.bias is None)]
+        self._problems.append(
+            f"{path} has {'no' if plain.bias is None else 'a'} bias, and {', '.join(odd)} in the checkpoint "
+            f"{'have one' if plain.bias is None else 'have none'}"
+        )
+        return False
 
     def _sliced(self, path: str, parts: dict[int, str]) -> Exl3SlicedLinear | None:
         if sorted(parts) != list(range(len(parts))):
@@ -312,6 +332,10 @@ class Placement:
         prefix, present = self.model.base_model_prefix, set()
         for name, tensor in self.checkpoint.others.items():
             renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._plain)
+            owner, _, leaf = renamed.rpartition(".")
+            if owner in self.modules and leaf in dict(self.modules[owner].plain.named_parameters(recurse=False)):
+                self.superseded[name] = owner
+                continue
             present.add(renamed)
             plain = self._plain.get(renamed, tensor)
             if plain.is_floating_point() != tensor.is_floating_point():
@@ -336,10 +360,18 @@ class Placement:
                 name = f"{path}.{leaf}" if path else leaf
                 if name in present or any(re.search(pattern, name) for pattern in lacking):
                     continue
-                if not self._is_tied(name, self.model.all_tied_weights_keys, present):
+                if leaf in ROUTER_CORRECTIONS:
+                    self.lacking.append(name)
+                elif not self._is_tied(name, self.model.all_tied_weights_keys, present):
                     is_weight = leaf == "weight" and (is_linear(module) or isinstance(module, nn.Embedding))
                     lacks = f"{path} has neither a `weight` nor a `trellis`" if is_weight else f"{name} is not"
                     self._problems.append(f"{lacks} in the checkpoint")
+
+        self.lacking += [
+            name
+            for name, _ in self.model.named_buffers()
+            if name in self._plain and name not in present and name.rpartition(".")[0] not in self.modules
+        ]
 
     @staticmethod
     def _is_tied(weight: str, tied: dict[str, str], present: set[str]) -> bool:
