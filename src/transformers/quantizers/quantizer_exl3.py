@@ -102,7 +102,8 @@ class Exl3HfQuantizer(HfQuantizer):
         else:
             modules = self._place(model, checkpoint_files)
         if not self.quantization_config.dequantize:
-            replace_with_exl3_modules(model, modules)
+            decoded = self.placement.decoded if self.placement is not None else ()
+            replace_with_exl3_modules(model, {path: m for path, m in modules.items() if path not in decoded})
 
     def _plan(self, model, device_map):
         from ..integrations.exl3.planning import Plan
@@ -165,6 +166,12 @@ class Exl3HfQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *lacking}
         superseded = [rf"^{re.escape(owner)}\.\w+$" for owner in {*self.placement.superseded.values()}]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *superseded}
+        if self.placement.decoded:
+            classes = {type(model.get_submodule(path)).__name__ for path in self.placement.decoded}
+            logger.info(
+                f"{len(self.placement.decoded)} quantized layers are of classes with a product of their own ({', '.join(classes)}): "
+                "their weights are dequantized."
+            )
         untie(model, self.placement.modules)
         return self.placement.modules
 

@@ -70,15 +70,23 @@ def is_experts(module: nn.Module) -> bool:
         and "down_proj" in own
         and len({"gate_up_proj", "up_proj"} & own) == 1
         and module.down_proj.dim() == 3
-        and hasattr(module, "is_transposed")
+        and (hasattr(module, "is_transposed") or _has_usual_layout(module))
         and len(own) == len(list(module.parameters()))
     )
+
+
+def _has_usual_layout(module: nn.Module) -> bool:
+    """Whether experts that do not say so are of upstream's usual layout: gates over up projections, rows of outputs."""
+    if not hasattr(module, "_apply_gate") or not hasattr(module, "gate_up_proj"):
+        return False
+    experts, out, into = module.down_proj.shape
+    return module.gate_up_proj.shape == (experts, 2 * into, out)
 
 
 def expert_sizes(module: nn.Module) -> tuple[int, int, int]:
     """Number of experts, their hidden size and their intermediate size, of a module for which `is_experts` holds."""
     experts, out, into = module.down_proj.shape
-    return (experts, into, out) if module.is_transposed else (experts, out, into)
+    return (experts, into, out) if getattr(module, "is_transposed", False) else (experts, out, into)
 
 
 def check_architecture(config):

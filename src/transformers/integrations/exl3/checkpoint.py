@@ -220,6 +220,17 @@ def _linear_problem(tensors, leaves) -> str | None:
         return f"has {bits:g} bits per weight, which only the mul1 codebook has"
 
 
+def cut_columns(tensors: dict[str, torch.Tensor], columns: range) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized linear layer without bias for some of its output features, in whole blocks of 128."""
+    first, last = columns.start // format.TILE, columns.stop // format.TILE
+    cut = {
+        "trellis": lambda tensor: tensor[:, first:last],
+        "svh": lambda tensor: tensor[columns.start : columns.stop],
+        "sv": lambda tensor: tensor[first:last],
+    }
+    return {leaf: (cut[leaf](tensor) if leaf in cut else tensor).clone() for leaf, tensor in tensors.items()}
+
+
 def _one(tensors, *names) -> str | None:
     found = [name for name in names if name in tensors]
     return found[0] if len(found) == 1 else None

@@ -37,6 +37,7 @@ from ...core_model_loading import (
 from ...distributed.sharding_utils import DtensorShardOperation, _dtensor_from_local_like
 from ...distributed.utils import is_dtensor
 from . import encoder, format, ops
+from .checkpoint import cut_columns
 from .modules import Exl3Embedding, Exl3Linear, Exl3Module, Exl3TiedHead, whole
 from .progress import Progress
 
@@ -212,7 +213,7 @@ class Exl3Make(ConversionOps):
         del model.get_submodule(path)._buffers[name]
         loading_info.missing_keys.discard(full_layer_name)
         made = self.made(input_dict, full_layer_name.removesuffix(_AS_STORED))
-        return {name: own_part(value, model.get_parameter(name)) for name, value in made.items()}
+        return {name: own_part(value, model.get_parameter_or_buffer(name)) for name, value in made.items()}
 
     def made(self, tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:
         """The parameters, `parameter` among them, by name."""
@@ -220,13 +221,30 @@ class Exl3Make(ConversionOps):
 
 
 class Exl3Unpad(Exl3Make):
-    """Cuts the padding off a tensor that the format pads without quantizing it."""
+    """Cuts the padding off a tensor that the format pads without quantizing it, and transposes it back."""
 
     def made(self, tensors, parameter):
         (tensor,) = tensors.values()
-        shape = self.hf_quantizer.placement.model.get_parameter(parameter).shape
+        placement = self.hf_quantizer.placement
+        tensor = tensor.T if parameter in placement.transposed else tensor
+        shape = placement.model.get_parameter(parameter).shape
         dtype = self.hf_quantizer.float_dtype
         return {parameter: tensor[tuple(slice(size) for size in shape)].to(dtype).contiguous()}
+
+
+class Exl3Cut(Exl3Make):
+    """Cuts one quantized layer by its columns into those that the model has instead."""
+
+    def made(self, tensors, parameter):
+        placement = self.hf_quantizer.placement
+        columns = next(parts for parts in placement.cut.values() if parameter.rpartition(".")[0] in parts)
+        leaves = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+        result, end = {}, leaves["trellis"].shape[1] * format.TILE
+        for index, (path, part) in enumerate(columns.items()):
+            last = end if index == len(columns) - 1 else part.stop
+            stored = cut_columns(leaves, range(part.start, last))
+            result |= {f"{path}.{leaf}": tensor for leaf, tensor in stored.items()}
+        return result
 
 
 class Exl3Dequantize(Exl3Make):
@@ -253,6 +271,20 @@ class Exl3Dequantize(Exl3Make):
         return made
 
 
+class Exl3CutAndDequantize(Exl3Cut):
+    """The same into the parameters of plain modules."""
+
+    def made(self, tensors, parameter):
+        placement, result = self.hf_quantizer.placement, {}
+        cut = super().made(tensors, parameter)
+        for path in {name.rpartition(".")[0] for name in cut}:
+            module = placement.modules.pop(path)
+            module.store({leaf: cut[f"{path}.{leaf}"] for leaf in module.stored})
+            plain = module.dequantize(self.hf_quantizer.float_dtype)
+            result |= {f"{path}.{name}": value.detach() for name, value in plain.named_parameters(recurse=False)}
+        return result
+
+
 def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> list[WeightTransform]:
     """Upstream's transforms for a model, and those that its EXL3 checkpoint needs beside them."""
     placement = hf_quantizer.placement
@@ -272,24 +304,46 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         saving = _reversed_converters([entry])
         if any(apply_converters(name, saving)[1] for name in plain_names):
             entry._was_used = True
-    if not hf_quantizer.quantization_config.dequantize:
-        names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items()}
-        stored = Exl3Stored(placement.modules, placement.model, weight_conversions)
-        return [*converters, *weight_conversions, Exl3Names(names), stored]
-    targets = {name: _first_plain_parameter(placement, layer) for name, (layer, _) in tensors.items()}
+    spelled = [Exl3Names(placement.spelled)]
+    is_plain = hf_quantizer.quantization_config.dequantize
+    decoded = placement.modules if is_plain else placement.decoded
+    targets = {
+        name: _first_plain_parameter(placement, layer)
+        for name, (layer, _) in tensors.items()
+        if _module_of(placement, layer) in decoded
+    }
     targets |= {
         apply_renamings(name, renamings): _first_plain_parameter(placement, owner)
         for name, owner in placement.superseded.items()
+        if owner in decoded
     }
-    return [Exl3Dequantize(hf_quantizer).converter(targets), *converters, *weight_conversions]
+    converters.insert(0, Exl3Dequantize(hf_quantizer).converter(targets))
+    cut = {
+        apply_renamings(f"{name}.{leaf}", renamings): f"{next(iter(parts))}.{'weight' if is_plain else 'trellis'}"
+        for name, parts in placement.cut.items()
+        for leaf in quantized[name]
+    }
+    converters.insert(0, (Exl3CutAndDequantize if is_plain else Exl3Cut)(hf_quantizer).converter(cut))
+    if is_plain:
+        return [*spelled, *converters, *weight_conversions]
+    names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items() if name not in targets}
+    kept = {path: module for path, module in placement.modules.items() if path not in decoded}
+    stored = Exl3Stored(kept, placement.model, weight_conversions)
+    return [*spelled, *converters, *weight_conversions, Exl3Names(names), stored]
+
+
+def _module_of(placement, layer: str) -> str:
+    """The module of the model that the quantized layer `layer` is, or is part of."""
+    while layer not in placement.modules:
+        layer = layer.rpartition(".")[0]
+    return layer
 
 
 def _first_plain_parameter(placement, layer: str) -> str:
     """The parameter of the model under which all tensors of the module that `layer` is part of are collected."""
-    while layer not in placement.modules:
-        layer = layer.rpartition(".")[0]
-    name, _ = next(placement.modules[layer].plain.named_parameters(recurse=False))
-    return f"{layer}.{name}"
+    path = _module_of(placement, layer)
+    name, _ = next(placement.modules[path].plain.named_parameters(recurse=False))
+    return f"{path}.{name}"
 
 
 class Exl3Quantize(ConversionOps):

@@ -482,7 +482,7 @@ class Exl3Experts(Exl3Module):
         hidden = project("up", x)
         if "gate" in self.roles:
             gate = project("gate", x)
-            if self.plain.is_concatenated:
+            if getattr(self.plain, "is_concatenated", True):
                 hidden = self.plain._apply_gate(torch.cat((gate, hidden), dim=-1))
             else:
                 hidden = self.plain._apply_gate(torch.stack((gate, hidden), dim=-1).flatten(-2))
@@ -492,7 +492,7 @@ class Exl3Experts(Exl3Module):
 
     def plain_views(self, name, tensor):
         leaf = "bias" if name.endswith("_bias") else "weight"
-        if leaf == "weight" and self.plain.is_transposed:
+        if leaf == "weight" and getattr(self.plain, "is_transposed", False):
             tensor = tensor.transpose(1, 2)
         for expert, view in enumerate(tensor):
             if str(expert) not in self._modules:
@@ -501,7 +501,7 @@ class Exl3Experts(Exl3Module):
                 pieces = {"down": view}
             elif "gate" not in self.roles:
                 pieces = {"up": view}
-            elif self.plain.is_concatenated:
+            elif getattr(self.plain, "is_concatenated", True):
                 pieces = dict(zip(("gate", "up"), view.chunk(2)))
             else:
                 pieces = {"gate": view[::2], "up": view[1::2]}

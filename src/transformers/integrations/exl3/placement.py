@@ -21,12 +21,24 @@ fused projections, the slices of wide ones, and experts that the source kept in 
 
 import re
 from collections import defaultdict
-from itertools import islice
+from itertools import accumulate, islice
 
+import torch
 from torch import nn
 
 from ...conversion_mapping import get_model_conversion_mapping
-from ...core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings, rename_source_key
+from ...core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    rename_source_key,
+)
+from ...pytorch_utils import Conv1D
 from . import format
 from .architecture import (
     EXPERT_PARAMETERS,
@@ -39,7 +51,7 @@ from .architecture import (
     linear_sizes,
     part_sizes,
 )
-from .checkpoint import Checkpoint, Exl3CheckpointError
+from .checkpoint import Checkpoint, Exl3CheckpointError, cut_columns
 from .modules import (
     Exl3Embedding,
     Exl3Experts,
@@ -52,6 +64,10 @@ from .modules import (
 from .restoring import ROUTER_CORRECTIONS
 
 
+# A module of these has a weight that codes can stand for; of subclasses only they themselves know how to multiply.
+LINEAR_CLASSES = (nn.Linear, Conv1D)
+# Operations of upstream's that take weights apart or put them together and change nothing in them.
+RESHAPING = (Chunk, Concatenate, MergeModulelist, SplitModulelist)
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
 
 
@@ -73,6 +89,11 @@ class Placement:
         superseded (`dict[str, str]`): Tensor name in the checkpoint to module in the model, for plain weights that stand beside
             the quantized parts of the same module: the codes count.
         lacking (`list[str]`): Buffers of the model, and corrections of routers, that the checkpoint lacks, for `restore`.
+        spelled (`dict[str, str]`): Tensor name in the checkpoint to the one that the source has, for `x.weight` of `x_weight`.
+        transposed (`set[str]`): Those parameters of `padded` that are stored transposed.
+        decoded (`set[str]`): Those of `modules` that are to be dequantized while loading, since only the model's own module knows
+            how to multiply.
+        cut (`dict[str, dict[str, range]]`): Module name in the checkpoint to the columns that are each of the model's modules.
 
     Raises:
         `Exl3CheckpointError`: Where a quantized module has no place in the model, or does not fit it, or where the model
@@ -86,6 +107,10 @@ class Placement:
         self.padded: dict[str, str] = {}
         self.superseded: dict[str, str] = {}
         self.lacking: list[str] = []
+        self.spelled: dict[str, str] = {}
+        self.transposed: set[str] = set()
+        self.decoded: set[str] = set()
+        self.cut: dict[str, dict[str, range]] = {}
         self._problems: list[str] = []
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -111,18 +136,31 @@ class Placement:
                 "or download or convert it again.",
             )
 
-    def _target(self, name: str, leaf: str = "weight") -> tuple[str, str]:
-        """Path and parameter in the model that `name`'s weight would go to if it were not quantized."""
-        prefix = self.model.base_model_prefix
-        renamed, _ = rename_source_key(
-            f"{name}.{leaf}", self._renamings, self._converters, prefix, meta_state_dict=self._plain
-        )
-        return renamed.rpartition(".")[0], renamed.rpartition(".")[2]
+    def _renamed(self, tensor: str) -> tuple[str, str | None]:
+        """What the loader calls a tensor of the checkpoint, and the pattern of the converter that it goes through, if any."""
+        prefix, plain = self.model.base_model_prefix, self._plain
+        renamed, pattern = rename_source_key(tensor, self._renamings, self._converters, prefix, plain)
+        if renamed not in plain and tensor in plain:  # a model's own name, which patterns for files match by chance
+            return rename_source_key(tensor, [], [], prefix, plain)
+        return renamed, pattern
 
-    def _converter_of(self, name: str) -> WeightConverter | None:
-        """What upstream does to the float weight of `name`, such as to permute its rows."""
+    def _target(self, name: str) -> tuple[str, str]:
+        """Path and parameter in the model that `name`'s weight would go to if it were not quantized."""
+        path, _, parameter = self._renamed(f"{name}.weight")[0].rpartition(".")
+        return path, parameter
+
+    def _operations(self, name: str, path: str) -> list[str]:
+        """What upstream does to the float weight of `name`, or of what it makes that of `path` from, but to split or merge."""
         _, pattern = apply_converters(apply_renamings(f"{name}.weight", self._renamings), self._converters)
-        return next((converter for converter in self._converters if pattern in converter.source_patterns), None)
+        converters = [entry for entry in self._converters if pattern in entry.source_patterns]
+        if not converters:
+            converters = [
+                entry
+                for entry in self._converters
+                if apply_converters(f"{path}.weight", [entry.reverse_transform()])[1]
+            ]
+            return [type(op).__name__ for entry in converters for op in entry.operations if type(op) not in RESHAPING]
+        return [type(operation).__name__ for entry in converters for operation in entry.operations]
 
     def _in_model(self, path: str) -> str:
         """`path` with the base model's prefix taken away or added where only that is in the model."""
@@ -137,15 +175,18 @@ class Placement:
             container = (
                 path if parameter in EXPERT_PARAMETERS else self._in_model(apply_renamings(expert[1], self._renamings))
             )
+            if container not in self._paths:  # of a source that has one tensor for all experts
+                stacked, parameter = self._target(f"{expert[1].removesuffix('.experts')}.{expert[3]}")
+                container = stacked if parameter in EXPERT_PARAMETERS else container
             if container in self._paths and is_experts(self._paths[container]):
                 composites[Placement._experts, container][int(expert[2]), expert[3]] = name
                 return
-        if path in self._paths and is_linear(self._paths[path]):
-            converter = self._converter_of(name)
-            if converter is not None:
-                operations = ", ".join(type(operation).__name__ for operation in converter.operations)
+        if isinstance(self._paths.get(path), LINEAR_CLASSES):
+            operations = self._operations(name, path)
+            if operations:
                 self._problems.append(
-                    f"{name} is quantized, and its weight would become that of {path} through {operations}"
+                    f"{name} is quantized, and its weight would become that of {path} through {', '.join(operations)}, which "
+                    "codes cannot be put through"
                 )
                 return
             self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
@@ -153,7 +194,7 @@ class Placement:
         sliced = re.fullmatch(rf"(.+)\.slice\.{NUMBER}", name)
         if sliced:
             path = self._target(sliced[1])[0]
-            if path in self._paths and is_linear(self._paths[path]):
+            if isinstance(self._paths.get(path), LINEAR_CLASSES):
                 composites[Placement._sliced, path][int(sliced[2])] = name
                 return
         parent, _, part = self._in_model_parent(apply_renamings(name, self._renamings)).rpartition(".")
@@ -162,11 +203,39 @@ class Placement:
             if path in self._paths and is_linear(self._paths[path]) and any(part in names for names in spellings):
                 composites[Placement._split, path][part] = name
                 return
-        if not self._is_ignored(name):
+        if not self._place_fused(name, parent) and not self._is_ignored(name):
             stands = type(self._paths[path]).__name__ if (path := self._target(name)[0]) in self._paths else "nothing"
             self._problems.append(
                 f"{name} is a quantized linear layer in the checkpoint, and {type(self.model).__name__} has {stands} at {path}"
             )
+
+    def _place_fused(self, name: str, parent: str) -> bool:
+        """Place the quantized module `name` that the model has in parts, in the module `parent`, if that is what it is."""
+        stored = [size * format.TILE for size in self.checkpoint.linears[name]["trellis"].shape[:2]]
+        for parts in dict.fromkeys(spellings[0] for spellings in FUSED.values()):
+            paths = [f"{parent}.{part}" for part in parts]
+            if not all(path in self._paths and is_linear(self._paths[path]) for path in paths):
+                continue
+            sizes = [linear_sizes(self._paths[path]) for path in paths]
+            ends = list(accumulate(out for _, out in sizes))
+            if {format.padded(into) for into, _ in sizes} != {stored[0]} or format.padded(ends[-1]) != stored[1]:
+                continue
+            if any(end % format.BLOCK for end in ends[:-1]) or "bias" in self.checkpoint.linears[name]:
+                self._problems.append(
+                    f"{name} is one quantized layer, and {type(self.model).__name__} has {', '.join(paths)}, which do not begin at "
+                    f"multiples of {format.BLOCK} columns of it without a bias"
+                )
+                return True
+            self.cut[name] = {path: range(end - out, end) for path, end, (_, out) in zip(paths, ends, sizes)}
+            for path, (into, out) in zip(paths, sizes):
+                columns = range(format.padded(out)) if path == paths[-1] else range(out)
+                tensors = cut_columns(self.checkpoint.linears[name], columns)
+                module = Exl3Linear(
+                    into, out, {leaf: tensor.to("meta") for leaf, tensor in tensors.items()}, self._paths[path]
+                )
+                self.modules[path] = module
+            return True
+        return False
 
     def _in_model_parent(self, name: str) -> str:
         parent, _, leaf = name.rpartition(".")
@@ -177,6 +246,11 @@ class Placement:
         patterns = self.model._keys_to_ignore_on_load_unexpected or []
         if any(re.search(pattern, f"{name}.{leaf}") for pattern in patterns for leaf in ("weight", "trellis")):
             return True
+        for layers in re.finditer(rf"\.{NUMBER}\.", name):
+            # Layers after the last one, for the prediction of more tokens, or of a model that is loaded in part.
+            module = self._paths.get(self._in_model(apply_renamings(name[: layers.start()], self._renamings)))
+            if isinstance(module, nn.ModuleList) and int(layers[1]) >= len(module):
+                return True
         prefix = f"{self.model.base_model_prefix}."
         names = (*self.checkpoint.linears, *self.checkpoint.others)
         return not name.startswith(prefix) and any(other.startswith(prefix) for other in names)
@@ -188,6 +262,8 @@ class Placement:
             self._problems.append(f"{', '.join(names)}: {path} has other quantized weights in the checkpoint, too")
             return
         self.modules[path] = module
+        if isinstance(self._paths[path], nn.Linear) and not is_linear(self._paths[path]):
+            self.decoded.add(path)
         if not isinstance(module, (Exl3Linear, Exl3Embedding)):
             layers = [layer for layer, child in module.named_modules() if isinstance(child, Exl3Linear)]
         for name, layer in zip(names, layers or [""], strict=True):
@@ -267,6 +343,8 @@ class Placement:
         side = 0 if stored[0][0] < format.padded(sizes[0]) else 1
         widths = stored[side][:-1]
         widths.append(sizes[side] - sum(widths))
+        if sizes[side] % len(parts) == 0 and stored[side] == [format.padded(sizes[side] // len(parts))] * len(parts):
+            widths = [sizes[side] // len(parts)] * len(parts)  # groups, each with its own padding
         layers = []
         for name, width in zip(parts.values(), widths):
             layers.append(self._linear(name, *((width, sizes[1]) if side == 0 else (sizes[0], width))))
@@ -331,7 +409,9 @@ class Placement:
         """Note tensors that are stored with padding, and parameters that nothing in the checkpoint is for."""
         prefix, present = self.model.base_model_prefix, set()
         for name, tensor in self.checkpoint.others.items():
-            renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._plain)
+            renamed, pattern = self._renamed(name)
+            if renamed not in self._plain:
+                renamed, pattern = self._respelled(name, tensor) or (renamed, pattern)
             owner, _, leaf = renamed.rpartition(".")
             if owner in self.modules and leaf in dict(self.modules[owner].plain.named_parameters(recurse=False)):
                 self.superseded[name] = owner
@@ -372,6 +452,36 @@ class Placement:
             for name, _ in self.model.named_buffers()
             if name in self._plain and name not in present and name.rpartition(".")[0] not in self.modules
         ]
+
+    def _respelled(self, name: str, tensor: torch.Tensor) -> tuple[str, str | None] | None:
+        """What the loader would call a tensor if the converter had written the name of the source, None where it is no such."""
+        source = re.sub(r"\.(weight|bias)$", r"_\1", name)
+        renamed, pattern = self._renamed(source)
+        if renamed in self._plain:
+            wanted = self._plain[renamed].shape
+            # With the tower the converter writes its projection as a linear layer has it.
+            is_tower = any("vision" in path for path in self.modules)
+            if tensor.dim() == 2 and tensor.shape == wanted[::-1] and (tensor.shape != wanted or is_tower):
+                self.padded[name] = renamed
+                self.transposed.add(renamed)
+            else:
+                self.spelled[name] = source
+            return renamed, pattern
+        parent, is_unnamed, leaf = self._renamed(name)[0].rpartition(".None.")
+        if not is_unnamed:
+            return None
+        taken = {self._renamed(other)[0] for other in self.checkpoint.others}
+        fitting = [
+            path
+            for path, parameter in self._plain.items()
+            if re.fullmatch(rf"{re.escape(parent)}\.\w+\.{leaf}", path)
+            and parameter.shape == tensor.shape
+            and path not in taken
+        ]
+        if len(fitting) != 1:
+            return None
+        self.padded[name] = fitting[0]
+        return fitting[0], None
 
     @staticmethod
     def _is_tied(weight: str, tied: dict[str, str], present: set[str]) -> bool:
