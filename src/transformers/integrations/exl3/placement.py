@@ -343,8 +343,8 @@ class Placement:
         side = 0 if stored[0][0] < format.padded(sizes[0]) else 1
         widths = stored[side][:-1]
         widths.append(sizes[side] - sum(widths))
-        if sizes[side] % len(parts) == 0 and stored[side] == [format.padded(sizes[side] // len(parts))] * len(parts):
-            widths = [sizes[side] // len(parts)] * len(parts)  # groups, each with its own padding
+        if not is_linear(plain):  # the slices are groups, each with its own padding
+            widths = [sizes[side] // len(parts)] * len(parts)
         layers = []
         for name, width in zip(parts.values(), widths):
             layers.append(self._linear(name, *((width, sizes[1]) if side == 0 else (sizes[0], width))))
