@@ -37,9 +37,14 @@ from .synthetic import random_linear
 DTYPES = ("float32", "bfloat16", "float16")
 # Relative RMS errors: of fp32 sums, and of what 16-bit inputs and results are rounded to.
 TOLERANCES = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
+BYTE_INPUTS = 1e-2  # the same, of inputs of 8 bits: one or two rows of 16-bit numbers, mul1, up to 5 bits
 # Smaller numbers lose digits: float16's own, and those that become too small for fp32 on the way.
 FLOORS = {torch.float32: 1e-33, torch.bfloat16: 1e-33, torch.float16: 2**-14}
 ROWS = (1, 60)  # few are multiplied where weights are decoded, many by PyTorch
+
+
+def tolerance(rows, dtype):
+    return BYTE_INPUTS if rows <= 2 and dtype != "float32" else TOLERANCES[dtype]
 
 
 def exact_product(x, tensors, codebook, out_features):
@@ -104,7 +109,7 @@ class Exl3NumericsTest(unittest.TestCase):
         x = torch.randn(rows, 256) * 10.0 ** torch.randint(-4, 4, (rows, 256))
         x = x.to(getattr(torch, dtype))
         y = ops.linear(x, tensors["trellis"], tensors["suh"], tensors["svh"], None, "mul1", 128)
-        self.assertLess(relative_error(y[:3], exact_product(x[:3], tensors, "mul1", 128)), TOLERANCES[dtype])
+        self.assertLess(relative_error(y[:3], exact_product(x[:3], tensors, "mul1", 128)), tolerance(rows, dtype))
 
     def test_long_rows(self):
         tensors, weight = random_linear(128, 1 << 16, bits=1)
@@ -113,7 +118,9 @@ class Exl3NumericsTest(unittest.TestCase):
             x = torch.randn(rows, 1 << 16).to(getattr(torch, dtype))
             y = ops.linear(x, tensors["trellis"], tensors["suh"], tensors["svh"], None, "mul1", 128).double()
             expected = x[:3].double() @ weight.double().T
-            self.assertLess(float((y[:3] - expected).norm() / expected.norm()), 2 * TOLERANCES[dtype], (rows, dtype))
+            self.assertLess(
+                float((y[:3] - expected).norm() / expected.norm()), 2 * tolerance(rows, dtype), (rows, dtype)
+            )
 
     @parameterized.expand(DTYPES)
     def test_all_sizes_up_to_300(self, dtype):
@@ -128,7 +135,7 @@ class Exl3NumericsTest(unittest.TestCase):
             x = torch.randn(rows, into).to(getattr(torch, dtype))
             y = ops.linear(x, trellis, *scales, None, "mul1", out).double()
             expected = x.double() @ weight[:out, :into].double().T
-            self.assertLess(float((y - expected).norm() / expected.norm()), 2 * TOLERANCES[dtype], (into, out))
+            self.assertLess(float((y - expected).norm() / expected.norm()), 2 * tolerance(rows, dtype), (into, out))
 
     def test_weights_of_any_magnitude(self):
         torch.manual_seed(0)

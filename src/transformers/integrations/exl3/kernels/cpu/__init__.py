@@ -18,6 +18,10 @@ The door to the compiled CPU kernels of `cpu.cpp`, a plain C library in this fol
 What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512vnni`, `avx512`, `avx2` or
 `base`) forces an instruction set, otherwise the best that the machine has is taken. Results are the same bytes on all of
 them, and on any number of threads: `torch.get_num_threads()` are used, those of torch's own OpenMP library where it has one.
+
+Activations of 16 bits are rounded to whole numbers after their rotation. For one or two rows and the mul1 codebook these have 8
+bits at rates up to 5 bits per weight, otherwise 16; `EXL3_CPU_INPUT_BITS` (`8` or `16`) decides for all rates. `reference.py`
+says what is computed.
 """
 
 import ctypes
@@ -42,6 +46,7 @@ _STATUS = {
     1: "it knows no such rate",
     2: "the memory for its scratch is missing",
     3: "EXL3_CPU_ISA names an instruction set that this machine or this build lacks",
+    4: "EXL3_CPU_INPUT_BITS is neither 8 nor 16",
 }
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in common.h

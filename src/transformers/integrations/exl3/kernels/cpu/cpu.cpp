@@ -94,9 +94,11 @@ namespace base {
 #else
 #define EXL3_LANES 1
 #endif
+#define EXL3_VNNI 0
 #include "vectors_base.h"
 #include "kernels.h"
 #undef EXL3_LANES
+#undef EXL3_VNNI
 }  // namespace base
 
 #if defined(EXL3_X86)
@@ -108,10 +110,12 @@ namespace base {
 #endif
 namespace avx2 {
 #define EXL3_LANES 8
+#define EXL3_VNNI 0
 #include "vectors_avx2.h"
 #include "codes.h"
 #include "kernels.h"
 #undef EXL3_LANES
+#undef EXL3_VNNI
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -247,6 +251,7 @@ EXPORT int32_t exl3_search(const void* tiles, int64_t count, int32_t twice_bits,
 EXPORT int32_t exl3_linear(const LinearCall* calls, int64_t count, int32_t threads) {
   for (int64_t i = 0; i < count; ++i)
     if (rate_index(calls[i].trellis.twice_bits) < 0) return NO_SUCH_RATE;
+  if (input_bits_wanted() < 0) return NO_SUCH_INPUT_BITS;
   return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads); });
 }
 
