@@ -16,12 +16,15 @@
 import copy
 import pickle
 import unittest
+from unittest.mock import patch
 
 import torch
 from parameterized import parameterized
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers.integrations.exl3 import format
+from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.kernels import cpu
 from transformers.integrations.exl3.modules import (
     Exl3Embedding,
     Exl3Experts,
@@ -77,6 +80,63 @@ class Exl3ModulesTest(unittest.TestCase):
                     ValueError, rf"\[2, {width}\], the layer has {in_features} input features"
                 ):
                     module(torch.ones(2, width))
+
+    def test_few_rows_without_gradients_take_no_operator(self):
+        """To the same bytes, and with weights that were replaced, moved in memory or copied."""
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        module, _ = make(200, 130)
+        expected = lambda x: ops.linear(x, module.codes, *module.scales, module.bias, module.codebook, 130)  # noqa: E731
+        for x in (
+            torch.randn(1, 200),
+            torch.randn(2, 3, 200).bfloat16(),
+            torch.randn(200, 4).half().T,
+            torch.randn(200),
+        ):
+            calls, y = self.called(lambda: module(x))
+            self.assertEqual((calls, y.shape, y.dtype), (0, (*x.shape[:-1], 130), x.dtype))
+            self.assertTrue(torch.equal(y, expected(x)))
+        others, _ = make(200, 130, seed=1)
+        x = torch.randn(1, 200)
+        module(x)
+        module.trellis.data = others.trellis.data.clone()
+        self.assertTrue(torch.equal(module(x), expected(x)))
+        module.suh = nn.Parameter(others.suh.data.float(), requires_grad=False)
+        self.assertTrue(torch.equal(module(x), expected(x)))
+        module.bias.data.add_(1)
+        self.assertTrue(torch.equal(module(x), expected(x)))
+        self.assertTrue(torch.equal(copy.deepcopy(module)(x), expected(x)))
+        self.assertTrue(torch.equal(pickle.loads(pickle.dumps(module))(x), expected(x)))
+
+    def test_what_watches_sees_the_operator(self):
+        module, _ = make(200, 130)
+        x = torch.randn(1, 200)
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+                return function(*arguments, **kwargs or {})
+
+        def under(context):
+            with context:
+                return module(x)
+
+        watchers = {
+            "gradients": lambda: module(x.clone().requires_grad_()),
+            "a mode": lambda: under(Mode()),
+            "a profiler": lambda: under(torch.profiler.profile()),
+            "a trace": lambda: torch.jit.trace(module, (x,), check_trace=False),
+            "a transform": lambda: torch.func.functionalize(module)(x),
+            "more rows": lambda: module(torch.randn(ops.FEW_ROWS + 1, 200)),
+        }
+        for name, call in watchers.items():
+            with self.subTest(name):
+                self.assertGreater(self.called(call)[0], 0)
+
+    def called(self, call):
+        """How often `call()` calls `ops.linear`, and what it returns."""
+        with patch.object(ops, "linear", wraps=ops.linear) as linear:
+            result = call()
+        return linear.call_count, result
 
     def test_conv1d(self):
         module, weight = make(192, 130, plain=Conv1D(130, 192))

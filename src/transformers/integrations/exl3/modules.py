@@ -234,6 +234,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
         self._stand_for(plain)
         self.register_parameter("bias", None)
         self.store(tensors)
+        self._directly = ops.DirectLinear()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -259,6 +260,12 @@ class Exl3Linear(Exl3Module, nn.Linear):
         return _words(local(self.trellis))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = self._parameters
+        if "suh" in own and "svh" in own:
+            tensors = own["trellis"], own["suh"], own["svh"], own["bias"]
+            y = self._directly(x, *tensors, self.codebook, self.in_features, self.out_features)
+            if y is not None:
+                return y
         suh, svh = self.scales
         self.check_width(x, suh)
         return ops.linear(x, self.codes, suh, svh, self.bias, self.codebook, self.out_features)

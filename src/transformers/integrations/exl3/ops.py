@@ -184,6 +184,56 @@ def _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
         _rotate_back(product, svh[columns], None if bias is None else bias[: out.shape[1]][columns], out[:, columns])
 
 
+def _is_watched() -> bool:
+    """Whether something is to see which operators are called: a compiler, tracer, profiler, mode or transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+class DirectLinear:
+    """
+    `linear` with one layer's weight, without the dispatcher, whose share of a product of one row is larger than the product's: for few
+    rows on the CPU where the result is all that is asked for.
+    """
+
+    def __init__(self):
+        self._weight = self._key = None
+
+    def __call__(self, x, trellis, suh, svh, bias, codebook, in_features, out_features) -> torch.Tensor | None:
+        """Arguments as of `linear`. None where that is to be called instead."""
+        if (
+            _is_watched()
+            or type(x) is not torch.Tensor
+            or not x.is_cpu
+            or x.dtype not in cpu.DTYPES
+            or x.dim() == 0
+            or x.shape[-1] != in_features
+            or x.numel() > FEW_ROWS * in_features
+            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            return None
+        tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
+        key = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        if key != self._key:
+            self._weight, self._key = self._packed(tensors, bias, codebook, in_features, out_features), key
+        return None if self._weight is None else self._weight.multiply(x if x.is_contiguous() else x.contiguous())
+
+    @staticmethod
+    def _packed(tensors, bias, codebook, in_features, out_features):
+        is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
+        if not is_plain or tensors[0].stride(-1) != 1 or tensors[0].dtype is not torch.int16 or not cpu.is_available():
+            return None
+        _check_weight(*tensors[:3])
+        return cpu.Weight(*tensors[:3], bias, codebook, in_features, out_features)
+
+
 @linear.register_fake
 def _(x, trellis, suh, svh, bias, codebook, out_features):
     gpu.check_devices(x, trellis, suh, svh, bias)

@@ -56,6 +56,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in common
 _ROWS, _NO_ROWS = "Pqi", (0, 0, 0)
 _TRELLIS = "Pqqqqii"  # as `_trellis` returns it
 _LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqq0P")
+_OPERANDS, _SIZES = struct.Struct("@" + 2 * _ROWS + "0P"), struct.Struct("@qqq")  # where that starts and ends
 _ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
 _DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
@@ -187,6 +188,41 @@ def linear(layers: list[tuple], out: list[torch.Tensor]):
         )
         kept.append((x, trellis))  # until the calls are done
     _call("exl3_linear", _address(calls), len(layers), torch.get_num_threads())
+
+
+class Weight:
+    """
+    A quantized weight that is checked once, and multiplied with little effort for a call.
+
+    Args:
+        trellis, suh, svh, bias, codebook: As in `ops.linear`, on sizes that fit each other. They are not kept: the address of
+            each must be the same, and its memory alive, at every call.
+        in_features, out_features (`int`): Without padding.
+
+    Raises:
+        ValueError: As of `linear`.
+    """
+
+    def __init__(self, trellis, suh, svh, bias, codebook, in_features, out_features):
+        x, y = torch.empty(0, in_features), torch.empty(0, out_features)
+        _check_sizes(x, trellis, suh, svh, bias, y)
+        if trellis.stride(2) != 1:
+            raise ValueError(f"the tiles of a trellis are to be contiguous each: {_describe(trellis)}")
+        call = _LINEAR_CALL.pack(
+            *_rows(x), *_rows(y), *_rows(suh), *_rows(svh), *_rows(bias), *_trellis(_tiles(trellis), codebook), 0, 0, 0
+        )
+        self._constant = call[_OPERANDS.size : -_SIZES.size]
+        self.in_features, self.out_features = in_features, out_features
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ W + bias` for `x` `[..., in_features]` on the CPU, contiguous, of a dtype of `DTYPES`."""
+        into, out = self.in_features, self.out_features
+        y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+        dtype = DTYPES[x.dtype]
+        operands = _OPERANDS.pack(x.data_ptr(), into, dtype, y.data_ptr(), out, dtype)
+        call = operands + self._constant + _SIZES.pack(x.numel() // into, into, out)
+        _call("exl3_linear", call, 1, torch.get_num_threads())
+        return y
 
 
 def rotate(
