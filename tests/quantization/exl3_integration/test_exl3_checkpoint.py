@@ -137,7 +137,6 @@ MALFORMED = [
 
 MISFITS = [
     ("unknown_module", lambda t: moved(t, UP, "model.layers.1.mlp.wide_proj"), "model.layers.1.mlp.wide_proj is a quantized"),
-    ("layer_too_many", lambda t: replaced(t, "model.layers.2.mlp.up_proj", 512, 256), "model.layers.2.mlp.up_proj is a quant"),
     ("neither_weight_nor_trellis", lambda t: moved(t, UP, "other"), f"{UP} has neither a `weight` nor a `trellis`"),
     ("input_size", lambda t: replaced(t, UP, 512, 384), f"{UP} is quantized with 384 x 512 .* has 256 x 512"),
     ("output_size", lambda t: replaced(t, UP, 256, 256), f"{UP} is quantized with 256 x 256 .* has 256 x 512"),

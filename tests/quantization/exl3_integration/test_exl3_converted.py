@@ -252,8 +252,9 @@ class Exl3ConvertedTest(unittest.TestCase):
         checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
         checkpoint.quantize_all()
         checkpoint.save(self.folder, checkpoint.tensors)
-        model = AutoModelForCausalLM.from_pretrained(self.folder, num_hidden_layers=1)
+        model, info = AutoModelForCausalLM.from_pretrained(self.folder, num_hidden_layers=1, output_loading_info=True)
         self.assertEqual(len(model.model.layers), 1)
+        self.assertIn("model.layers.1.mlp.up_proj.trellis", info["unexpected_keys"])  # upstream's report tells of them
         whole = AutoModelForCausalLM.from_pretrained(self.folder)
         torch.testing.assert_close(
             model.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight, rtol=0, atol=0
