@@ -1,4 +1,11 @@
-"""Our files and edits, laid over a tree of upstream's Transformers."""
+"""
+Our files and edits, laid over a tree of upstream's Transformers.
+
+Why not plain patches and `git apply --3way`: a patch carries upstream's lines as its context, and only our own text is to be in
+this repository; without context it fits nothing but one release. An edit names what it needs of a file and has the rest as
+`...`, so that the same edit fits several releases, all of them fit or nothing is written, and a misfit is told by the names
+that are missing. It also needs no git where pip builds.
+"""
 
 import tomllib
 from pathlib import Path

@@ -11,9 +11,26 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""EXL3, the trellis-coded weight format of exllamav3 (a variant of QTIP, arXiv 2406.11235)."""
+"""
+EXL3, the trellis-coded weight format of exllamav3 (a variant of QTIP, arXiv 2406.11235).
 
-from . import saving  # lets `save_pretrained` know quantized models
+The files from the ground up. A file imports from the lines above its own, never from below or beside; a test holds this.
+
+| files                                          | what                                                                   |
+|------------------------------------------------|------------------------------------------------------------------------|
+| format                                         | the format as an executable specification                              |
+| hadamard, search                               | the rotation, and the search of the trellis as its definition          |
+| encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
+| ops                                            | the operators of torch.library, and the choice of what computes them   |
+| modules, progress                              | what stands in a model; the bar while it is quantized                  |
+| architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
+| restoring                                      | what checkpoints lack                                                  |
+| planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
+| loading, saving, parallel                      | the operations on load, writing, several processes                     |
+
+`quantizers/quantizer_exl3.py` is policy: it asks these in the order of upstream's loading.
+"""
+
 from .loading import replace_with_exl3_modules
 from .modules import Exl3Linear
 
