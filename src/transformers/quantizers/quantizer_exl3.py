@@ -176,11 +176,12 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.placement.modules
 
     def update_weight_conversions(self, weight_conversions, model):
-        from ..integrations.exl3.loading import Exl3Names, Exl3Stored, with_transforms
+        from ..integrations.exl3.loading import Exl3Names, Exl3Stacks, Exl3Stored, with_transforms
 
         if self.plan is not None:
             stored = Exl3Stored(self.plan.modules, model, weight_conversions)
-            return [*weight_conversions, Exl3Names(self.plan.names, on_loading=False), stored]
+            names = Exl3Names(self.plan.names, on_loading=False)
+            return [*weight_conversions, names, Exl3Stacks(self.plan.stacks, on_loading=False), stored]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:

@@ -170,21 +170,18 @@ def grouped(rng):
     for _ in range(count):
         ends.append(ends[-1] + rng.choice((0, 1, 5, 60)))
     x = torch.randn(ends[-1] + rng.randrange(3), into).to(rng.choice(DTYPES))
-    arguments = {"x": x, "bounds": torch.tensor(ends)} | {
-        name: [t[name]] * count for name in ("trellis", "suh", "svh")
+    arguments = {"x": x, "ranges": torch.tensor(ends).unfold(0, 2, 1)} | {
+        name: torch.stack([t[name]] * count) for name in ("trellis", "suh", "svh")
     }
-    arguments |= {
-        "bias": [t["bias"]] * count if "bias" in t else [],
-        "codebooks": [format.CODEBOOKS.index(codebook)] * count,
-    }
+    arguments |= {"bias": torch.stack([t["bias"]] * count) if "bias" in t else None, "codebook": codebook}
 
-    def reference(x, bounds, trellis, suh, svh, bias, codebooks, out_features):
+    def reference(x, ranges, trellis, suh, svh, bias, codebook, out_features):
         y = torch.zeros(len(x), out_features, dtype=torch.float64)
-        for group, (start, stop) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
+        for group, (start, stop) in enumerate(ranges.tolist()):
             if start < stop:
                 weight = weight_of(trellis[group], suh[group], svh[group], codebook)[:out_features, : x.shape[1]]
                 y[start:stop] = x[start:stop].double() @ weight.T + (
-                    bias[group][:out_features].double() if bias else 0
+                    0 if bias is None else bias[group, :out_features].double()
                 )
         return y
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Projection
 
 
 def save_quantized(model, folder: str, match: str = ""):
@@ -155,3 +156,12 @@ class SyntheticCheckpoint:
         with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
             json.dump({"metadata": {"total_size": 0}, "weight_map": weight_map}, file)
         return folder
+
+
+def stacked(experts: list[dict[str, Exl3Linear]], plain) -> Exl3Experts:
+    """`Exl3Experts` with the tensors of layers, which are given for each expert by role."""
+    projections = {
+        role: Exl3Projection(layer.in_features, layer.out_features, [expert[role].state_dict() for expert in experts])
+        for role, layer in experts[0].items()
+    }
+    return Exl3Experts(projections, plain)

@@ -451,59 +451,98 @@ class Exl3GroupedLinearTest(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
 
-    def groups(self, sizes, bias=True):
-        """Layers with different rates and codebooks, `bounds`, rows for them, and what they are to give."""
-        kinds = itertools.cycle([(4, "mul1"), (2, "mcg"), (3, "3inst"), (2.5, "mul1")])
+    def groups(self, sizes, bits=2.5, codebook="mul1", bias=True):
+        """`ranges` of rows, stacked layers for them, and their weights."""
         layers, weights = [], []
-        for seed, (bits, codebook) in zip(range(len(sizes)), kinds):
+        for seed in range(len(sizes)):
             tensors, weight = random_linear(130, 200, bits, codebook, torch.randn(130) if bias else None, seed=seed)
-            layers.append((tensors["trellis"], tensors["suh"], tensors["svh"], tensors.get("bias"), codebook))
+            layers.append(tensors)
             weights.append(weight)
-        bounds = torch.tensor([0, *itertools.accumulate(sizes)])
-        lists = [[layer[i] for layer in layers] for i in range(3)]
-        lists.append([layer[3] for layer in layers] if bias else [])
-        lists.append([format.CODEBOOKS.index(layer[4]) for layer in layers])
-        return bounds, lists, weights
+        stacks = [torch.stack([layer[leaf] for layer in layers]) for leaf in ("trellis", "suh", "svh")]
+        stacks.append(torch.stack([layer["bias"] for layer in layers]) if bias else None)
+        return torch.tensor([0, *itertools.accumulate(sizes)]).unfold(0, 2, 1), (*stacks, codebook), weights
 
-    @parameterized.expand([([1, 0, 3, 70],), ([0, 0, 2],), ([1],), ([0],)])
-    def test_each_group_has_its_weight(self, sizes):
-        bounds, lists, weights = self.groups(sizes)
+    @parameterized.expand(
+        [
+            (sizes, *kind)
+            for sizes in ([1, 0, 3, 70], [0, 0, 2], [1], [0])
+            for kind in ((4, "mul1"), (2, "mcg"), (3, "3inst"), (2.5, "mul1"))
+        ]
+    )
+    def test_each_group_has_its_weight(self, sizes, bits, codebook):
+        ranges, stacks, weights = self.groups(sizes, bits, codebook)
         x = torch.randn(sum(sizes) + 2, 200)
-        y = ops.grouped_linear(x, bounds, *lists, 130)
+        y = ops.grouped_linear(x, ranges, *stacks, 130)
         expected = torch.zeros(x.shape[0], 130)
         for group, weight in enumerate(weights):
-            rows = slice(bounds[group], bounds[group + 1])
-            expected[rows] = x[rows] @ weight.T + lists[3][group][:130].float()
+            rows = slice(*ranges[group])
+            expected[rows] = x[rows] @ weight.T + stacks[3][group, :130].float()
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
-        self.assertEqual(y[bounds[-1] :].abs().sum(), 0)
+        self.assertEqual(y[ranges[-1, 1] :].abs().sum(), 0)
+        with patch.object(cpu, "is_available", lambda: False):
+            torch.testing.assert_close(ops.grouped_linear(x, ranges, *stacks, 130), expected, rtol=0, atol=1e-5)
+
+    @parameterized.expand(["float32", "bfloat16"])
+    def test_a_stack_gives_what_its_layers_give_to_the_byte(self, dtype):
+        """In any order of tiles, as a part of another stack, and where only some of the rows are of its groups."""
+        sizes = [2, 1, 0, 60, 5]
+        ranges, (trellis, suh, svh, bias, codebook), _ = self.groups(sizes)
+        dtype = getattr(torch, dtype)
+        x = torch.randn(sum(sizes), 200, dtype=dtype)
+        expected = torch.zeros(len(x), 130, dtype=dtype)
+        for group in (1, 3, 4):
+            rows = slice(*ranges[group])
+            layer = (trellis[group], suh[group], svh[group], bias[group], codebook)
+            expected[rows] = ops.linear(x[rows], *layer, 130)
+        some = torch.tensor([1, 3, 4])
+        stacks = [tensor[some].repeat_interleave(2, 0)[::2] for tensor in (trellis, suh, svh, bias)]
+        for codes in (stacks[0], ops.ordered(stacks[0])):
+            y = ops.grouped_linear(x, ranges[some], codes, *stacks[1:], codebook, 130)
+            self.assertTrue(torch.equal(y, expected))
 
     def test_gradients(self):
-        bounds, lists, weights = self.groups([2, 0, 60], bias=False)
+        ranges, stacks, weights = self.groups([2, 0, 60])
+        bias = stacks[3].float().requires_grad_()
         x = torch.randn(64, 200, requires_grad=True)
         grad = torch.randn(64, 130)
-        ops.grouped_linear(x, bounds, *lists, 130).backward(grad)
-        expected = torch.zeros(64, 200)
+        ops.grouped_linear(x, ranges, *stacks[:3], bias, stacks[4], 130).backward(grad)
+        expected, of_bias = torch.zeros(64, 200), torch.zeros(3, 256)
         for group, weight in enumerate(weights):
-            rows = slice(bounds[group], bounds[group + 1])
+            rows = slice(*ranges[group])
             expected[rows] = grad[rows] @ weight
+            of_bias[group, :130] = grad[rows].sum(0)
         torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(bias.grad, of_bias, rtol=0, atol=1e-5)
 
     def test_is_an_operator(self):
-        bounds, lists, _ = self.groups([2, 1])
+        ranges, stacks, _ = self.groups([2, 1])
         x = torch.randn(4, 200, requires_grad=True)
-        torch.library.opcheck(ops.grouped_linear, (x, bounds, *lists, 130))
+        torch.library.opcheck(ops.grouped_linear, (x, ranges, *stacks, 130))
         grad = torch.randn(4, 130)
-        torch.library.opcheck(ops.grouped_linear_input_grad, (grad, bounds, *lists[:3], lists[4], 200))
+        torch.library.opcheck(ops.grouped_linear_input_grad, (grad, ranges, *stacks[:3], stacks[4], 200))
 
     def test_sizes_that_do_not_fit_are_an_error(self):
-        bounds, lists, _ = self.groups([2, 1])
+        ranges, stacks, _ = self.groups([2, 1])
         with self.assertRaisesRegex(
             ValueError, r"the input is torch.float32 \[3, 100\], the quantized weight has 256"
         ):
-            ops.grouped_linear(torch.randn(3, 100), bounds, *lists, 130)
-        lists[3].pop()
-        with self.assertRaisesRegex(ValueError, r"bias and codebooks are of \[2, 2, 2, 1, 2\] groups"):
-            ops.grouped_linear(torch.randn(3, 200), bounds, *lists, 130)
+            ops.grouped_linear(torch.randn(3, 100), ranges, *stacks, 130)
+        for index in range(4):
+            fewer = [tensor[:1] if i == index else tensor for i, tensor in enumerate(stacks[:4])]
+            with self.assertRaisesRegex(ValueError, r"ranges, trellis, suh, svh and bias of .* are of no stack"):
+                ops.grouped_linear(torch.randn(3, 200), ranges, *fewer, stacks[4], 130)
+        for wrong in ([0, 2], [[0, 2]], [[0.0, 1.0], [1.0, 2.0]]):
+            with self.assertRaisesRegex(ValueError, "are of no stack"):
+                ops.grouped_linear(torch.randn(3, 200), torch.tensor(wrong), *stacks, 130)
+
+    def test_ranges_that_are_none_are_an_error(self):
+        _, stacks, _ = self.groups([2, 1])
+        x = torch.randn(3, 200)
+        for wrong in ([[0, 2], [2, 4]], [[0, 2], [3, 2]], [[-1, 2], [2, 3]]):
+            for is_available in (True, False):
+                with patch.object(cpu, "is_available", lambda: is_available):
+                    with self.assertRaisesRegex(ValueError, "ranges"):
+                        ops.grouped_linear(x, torch.tensor(wrong), *stacks, 130)
 
 
 if __name__ == "__main__":

@@ -377,13 +377,10 @@ class Exl3OperatorsTest(unittest.TestCase):
             ops.dequantize(meta, suh, svh, codebook)
         with self.assertRaisesRegex(ValueError, "do not fit a trellis of"):
             ops.dequantize(trellis, suh, torch.cat((svh, svh)), codebook)
-        groups = ([trellis] * 2, [suh] * 2, [svh] * 2)
-        x, bounds = torch.randn(5, 256), torch.tensor([0, 2, 5])
+        stacks = [torch.stack((tensor, tensor)) for tensor in (trellis, suh, svh)]
+        x, ranges = torch.randn(5, 256), torch.tensor([[0, 2], [2, 5]])
         with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
-            ops.grouped_linear(x, bounds, [trellis, meta], *groups[1:], [], [2, 2], 128)
-        for wrong in ([0, 2], [0, 2, 6], [0, 3, 2], [-1, 2, 5], [0, 1, 2, 3]):
-            with self.assertRaisesRegex(ValueError, "are no bounds of 2 groups among 5 rows"):
-                ops.grouped_linear(x, torch.tensor(wrong), *groups, [], [2, 2], 128)
+            ops.grouped_linear(x, ranges, stacks[0].to("meta"), *stacks[1:], None, codebook, 128)
 
     def test_an_embedding_refuses_what_does_not_fit(self):
         table, _ = read_vector("embed_ring_k4_6x640")

@@ -27,7 +27,6 @@ from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.kernels import cpu
 from transformers.integrations.exl3.modules import (
     Exl3Embedding,
-    Exl3Experts,
     Exl3Linear,
     Exl3Module,
     Exl3SlicedLinear,
@@ -36,7 +35,7 @@ from transformers.integrations.exl3.modules import (
 from transformers.pytorch_utils import Conv1D
 from transformers.testing_utils import require_torch
 
-from .synthetic import random_linear
+from .synthetic import random_linear, stacked
 from .tiny_models import tiny_model
 
 
@@ -173,7 +172,7 @@ class Exl3ModulesTest(unittest.TestCase):
             {role: make(*shapes[role], has_bias, seed=10 * e + len(role))[0] for role in roles}
             for e in range(own.num_experts)
         ]
-        module = Exl3Experts(experts, own)
+        module = stacked(experts, own)
         plain = module.dequantize(torch.float32)
         self.assertEqual(
             {k: v.shape for k, v in plain.named_parameters()}, {k: v.shape for k, v in own.named_parameters()}

@@ -21,6 +21,7 @@ import torch
 from parameterized import parameterized
 
 from transformers import AutoModelForCausalLM, Exl3Config, Trainer, TrainingArguments
+from transformers.integrations.exl3 import separate_experts
 from transformers.integrations.exl3.modules import DequantizedWeight, Exl3Experts, Exl3Linear
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.testing_utils import require_accelerate, require_peft, require_torch
@@ -152,6 +153,7 @@ class Exl3TrainingTest(unittest.TestCase):
             model = auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=2))
         inputs, gradients = tiny_inputs(name), []
         config = LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+        separate_experts(model)
         model = get_peft_model(model, config)
         adapted = [name for name, module in model.named_modules() if name.endswith("base_layer")]
         self.assertTrue(all(isinstance(model.get_submodule(name), Exl3Linear) for name in adapted))

@@ -46,13 +46,13 @@ from .triton_cases import (
     require_interpreter_that_runs,
     require_triton,
     search_case,
+    stack_of,
     triton,
 )
 
 
 if triton:
     from transformers.integrations.exl3.kernels.triton import codes as triton_codes
-    from transformers.integrations.exl3.kernels.triton import experts
     from transformers.integrations.exl3.kernels.triton import hadamard as triton_hadamard
     from transformers.integrations.exl3.kernels.triton import linear as triton_linear
     from transformers.integrations.exl3.kernels.triton import search as triton_search
@@ -221,17 +221,23 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
     def test_experts_of_every_rate_and_codebook(self, bits, codebook):
         self._check_experts([Layer(256, 128, bits, codebook, seed=seed) for seed in range(3)], [2, 0, 1])
 
-    def test_experts_of_several_kinds(self):
-        """Each kind is a launch, which leaves the rows of the others alone, and finds its own behind and between them."""
-        kinds = [(2, "mcg"), (4, "mul1"), (2, "mcg"), (3.5, "3inst"), (2, "mul1"), (4, "mul1")]
-        layers = [Layer(200, 300, *kind, bias=True, seed=seed) for seed, kind in enumerate(kinds)]
-        layers[5].trellis = layers[5].trellis.transpose(0, 1).contiguous().transpose(0, 1)  # other strides
-        layers[2].svh = layers[2].svh.repeat_interleave(2)[::2]  # as good as contiguous ones
-        with mock.patch.object(triton_linear, "grouped_linear", wraps=triton_linear.grouped_linear) as launch:
-            for counts in ([1, 2, 3, 0, 1, 9], [0, 0, 5, 1, 0, 0], [0] * 6, [40, 0, 0, 0, 0, 1]):
-                launch.reset_mock()
-                self._check_experts(layers, counts)
-                self.assertEqual(launch.call_count, 5)
+    def test_experts_in_any_strides_and_some_of_them(self):
+        """The stack may be a part of another one, in columns, and the rows of other experts may lie between those of its own."""
+        layers = [Layer(200, 300, 3, bias=True, seed=seed) for seed in range(5)]
+        trellis, *others = (torch.stack((tensor, tensor), 1)[:, 0] for tensor in stack_of(layers))
+        trellis = trellis.transpose(1, 2).contiguous().transpose(1, 2)
+        x, bounds = layers[0].inputs(16), torch.tensor([0, 1, 4, 4, 13, 15])
+        for members in ([0, 1, 2, 3, 4], [1, 3], [2], [4], []):
+            some = [tensor[members] for tensor in (trellis, *others)]
+            some[0] = some[0].transpose(1, 2).contiguous().transpose(1, 2)
+            y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1)[members], *some, "mul1", 300)
+            exact = torch.zeros(16, 300, dtype=torch.float64)
+            for member in members:
+                rows = slice(bounds[member], bounds[member + 1])
+                exact[rows] = layers[member].exact(x[rows])
+            self.assertLess((y - exact).norm(), 1e-6 * exact.norm() + 1e-30)
+        y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1), trellis, *others, "mul1", 300)
+        self.assertLess(relative_error(y[1:4], layers[1].exact(x[1:4])), TOLERANCE[torch.float32])
 
     def _check_experts(self, layers, counts, dtype=torch.float32):
         """With two rows that are no expert's."""
@@ -245,38 +251,25 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         self.assertTrue((y[bounds[-1] :] == 0).all())
 
     def test_bad_experts_are_refused(self):
-        layers = [Layer(256, 128, seed=seed) for seed in range(3)]
-        x, bounds = layers[0].inputs(3), torch.arange(4)
-        with self.assertRaisesRegex(ValueError, r"3 experts need 4 bounds of their rows, not \[3\]"):
-            grouped_linear(layers, x, bounds[:3])
-        with self.assertRaisesRegex(ValueError, "do not fit an input of 100"):
-            grouped_linear(layers, x[:, :100], bounds)
-        layers[1].codebook = "mul2"
+        layers = [Layer(256, 128, bias=True, seed=seed) for seed in range(3)]
+        x, ranges, stacks = layers[0].inputs(3), torch.arange(4).unfold(0, 2, 1), stack_of(layers)
         with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'mul2'"):
-            grouped_linear(layers, x, bounds)
-        layers[1] = Layer(128, 128)
-        with self.assertRaisesRegex(ValueError, r"experts of \(128, 128\) features do not fit an input of 256"):
-            grouped_linear(layers, x, bounds)
-        with_biases = [Layer(256, 128, bias=True, seed=seed) for seed in range(3)]
-        with_biases[1].bias = with_biases[1].bias[:100]
-        with self.assertRaisesRegex(ValueError, "a bias of 100 do not give 128 features"):
-            grouped_linear(with_biases, x, bounds)
-        layers[1] = Layer(256, 128)
-        layers[1].trellis = torch.zeros(16 * 8 * 64 + 1, dtype=torch.int16)[1:].view(16, 8, 64)
-        with self.assertRaisesRegex(ValueError, "multiples of 4"):
-            grouped_linear(layers, x, bounds)
-        layers[1].trellis = layers[1].trellis.to("meta")
+            gpu.grouped_linear(x, ranges, *stacks, "mul2", 128)
         with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
-            grouped_linear(layers, x, bounds)
+            gpu.grouped_linear(x, ranges, stacks[0].to("meta"), *stacks[1:], "mul1", 128)
+        odd = torch.zeros(stacks[0].numel() + 1, dtype=torch.int16)[1:].view(stacks[0].shape)
+        with self.assertRaisesRegex(ValueError, "multiples of 4"):
+            gpu.grouped_linear(x, ranges, odd, *stacks[1:], "mul1", 128)
+        with self.assertRaisesRegex(ValueError, "activations must be"):
+            gpu.grouped_linear(x.double(), ranges, *stacks, "mul1", 128)
 
     def test_the_operator_of_experts(self):
         """`exl3::grouped_linear` on the kernels, which ask nothing of the host, and on a GPU that has no use for them."""
-        layers = [Layer(200, 100, bits, seed=seed) for seed, bits in enumerate((2, 4, 2))]
-        arguments = [[getattr(layer, leaf) for layer in layers] for leaf in ("trellis", "suh", "svh")]
-        x, bounds = layers[0].inputs(7), torch.tensor([0, 4, 4, 6])
+        layers = [Layer(200, 100, seed=seed) for seed in range(3)]
+        x, ranges = layers[0].inputs(7), torch.tensor([[0, 4], [4, 4], [4, 6]])
 
         def run():
-            return ops.grouped_linear(x, bounds, *arguments, [], [format.CODEBOOKS.index("mul1")] * 3, 100)
+            return ops.grouped_linear(x, ranges, *stack_of(layers), "mul1", 100)
 
         expected = run()
         with mock.patch.object(gpu, "is_available", lambda device: True):
@@ -289,43 +282,19 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
                 self.assertLess(relative_error(run(), expected.double()), 1e-6)
 
     def test_experts_of_a_model(self):
-        """As on a GPU: with the tensors of all experts and with bounds that are computed on the device."""
+        """As on a GPU, of two rates: a launch for each, with bounds that are computed on the device."""
         module = experts_of_a_model()
         x, weights = torch.randn(5, 128), torch.rand(5, 2)
         index = torch.tensor([[0, 1], [3, 0], [1, 3], [0, 4], [4, 4]])  # 2 has no rows, 4 is nobody
         expected = module(x, index, weights)
         with (
-            mock.patch.object(torch.compiler, "is_compiling", lambda: True),
             mock.patch.object(gpu, "is_available", lambda device: True),
             mock.patch.object(gpu, "grouped_linear", wraps=gpu.grouped_linear) as grouped,
             mock.patch.object(ops, "_groups", side_effect=AssertionError("the host was asked")),
         ):
             y = module(x, index, weights)
-        self.assertEqual([len(call.args[2]) for call in grouped.call_args_list], [4, 4, 4])
+        self.assertEqual([len(call.args[2]) for call in grouped.call_args_list], [3, 1, 3, 1, 3, 1])
         self.assertLess(relative_error(y, expected.double()), 1e-5)
-
-    def test_tables_of_addresses(self):
-        """Made once for each set of tensors, never while a graph is captured, and kept for those that captured it."""
-        layers = [Layer(256, 128, bits, seed=bits) for bits in (2, 3, 2)]
-        lists = [[getattr(layer, leaf) for layer in layers] for leaf in ("trellis", "suh", "svh")] + [[]]
-        device = torch.device("cpu")
-        members = experts.kinds(*lists, ["mul1"] * 3)
-        self.assertEqual(members, [[0, 2], [1]])
-        capturing = mock.patch.object(experts, "is_capturing", lambda device: True)
-        with capturing, self.assertRaisesRegex(RuntimeError, "Run the model once before"):
-            experts.table_of(members[0], lists, device)
-        table = experts.table_of(members[0], lists, device)
-        expected = [[tensors[0].data_ptr(), 0, tensors[2].data_ptr()] for tensors in lists[:3]] + [[0, 0, 0]]
-        self.assertEqual((table.dtype, table.tolist()), (torch.int64, expected))
-        self.assertIs(experts.table_of(members[0], lists, device), table)
-        self.assertIsNot(experts.table_of(members[1], lists, device), table)
-        lists[1][2] = lists[1][2].clone()
-        self.assertIsNot(experts.table_of(members[0], lists, device), table)
-        lists[1][2] = layers[2].suh
-        with capturing, mock.patch.dict(experts._in_graphs, clear=True):
-            self.assertIs(experts.table_of(members[0], lists, device), table)
-            self.assertIs(next(iter(experts._in_graphs.values())), table)
-            self.assertEqual(len(experts._in_graphs), 1)
 
     def test_operators(self):
         """`exl3::linear` with its gradients and `exl3::dequantize`, on the kernels."""

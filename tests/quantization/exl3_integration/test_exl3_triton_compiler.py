@@ -239,13 +239,11 @@ class Exl3TritonCompilerTest(unittest.TestCase):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         experts, inputs, outputs = 128, 2048, 768
-        trellis = empty(inputs // 16, outputs // 16, int(16 * bits), dtype=torch.int16)
-        bounds, table = empty(experts + 1, dtype=torch.int32), empty(4, experts, dtype=torch.int64)
-        tensors = (trellis, empty(inputs), empty(outputs), empty(outputs))
+        trellis = empty(experts, inputs // 16, outputs // 16, int(16 * bits), dtype=torch.int16)
+        ranges = empty(experts, 2, dtype=torch.int32)
+        tensors = (trellis, empty(experts, inputs), empty(experts, outputs), empty(experts, outputs))
         x, y = empty(rows, inputs, dtype=dtype), empty(rows, outputs, dtype=dtype)
-        return aot.launches(
-            lambda: triton_linear.grouped_linear(x, bounds, table, *tensors, codebook, y, aot.target(arch))
-        )
+        return aot.launches(lambda: triton_linear.grouped_linear(x, ranges, *tensors, codebook, y, aot.target(arch)))
 
     def _check(self, launch, arch, spills=0):
         kernel = aot.compiled(launch, arch)

@@ -24,7 +24,6 @@ from parameterized import parameterized
 from transformers.integrations.exl3 import encoder, format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels import cpu
-from transformers.integrations.exl3.kernels.triton import experts as tables
 from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import require_torch, require_torch_accelerator, slow, torch_device
 
@@ -39,6 +38,7 @@ from .triton_cases import (
     require_compiler,
     require_triton,
     search_case,
+    stack_of,
 )
 
 
@@ -63,7 +63,6 @@ class Exl3TritonFallbackTest(unittest.TestCase):
         package = sys.modules["transformers.integrations.exl3.kernels.triton"]
         ours = {name for name in sys.modules if name.startswith(f"{package.__name__}.")} - {
             gpu.__name__,
-            tables.__name__,
         }
         kept = {name: sys.modules.pop(name) for name in ours}
         attributes = {name.rpartition(".")[2]: module for name, module in kept.items()}
@@ -198,21 +197,16 @@ class Exl3TritonGpuTest(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
     def test_experts_in_a_graph(self):
-        """One graph for any distribution of rows over experts, and one that is refused: nothing has run before it."""
-        experts, rows, bits = 16, 64, (4, 4, 3)
-        layers = [Layer(1024, 512, bits[i % 3], bias=True, device=torch_device, seed=i) for i in range(experts)]
+        """One graph for any distribution of rows over experts; nothing has to run before it but the compiler."""
+        experts, rows = 16, 64
+        layers = [Layer(1024, 512, 4, bias=True, device=torch_device, seed=i) for i in range(experts)]
         x = layers[0].inputs(rows, torch.bfloat16)
         bounds = torch.zeros(experts + 1, dtype=torch.long, device=torch_device)
-        with (
-            self.assertRaisesRegex(RuntimeError, "Run the model once before"),
-            torch.cuda.graph(torch.cuda.CUDAGraph()),
-        ):
-            grouped_linear(layers, x, bounds)
         grouped_linear(layers, x, bounds)
+        stacks = stack_of(layers)  # these have not been multiplied before
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = grouped_linear(layers, x, bounds)
-        tables._table.cache_clear()  # the graph has what it needs
+            y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1), *stacks, "mul1", 512)
         for seed in range(5):
             generator = torch.Generator().manual_seed(seed)
             owners = torch.randint(0, (1, 3, experts)[seed % 3], (rows,), generator=generator).sort().values
@@ -241,7 +235,6 @@ class Exl3TritonGpuTest(unittest.TestCase):
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
     @torch.no_grad()
     def test_experts_of_a_model_compile_to_graphs(self):
-        """The first run of the compiled module makes the tables, while PyTorch prepares the memory of a graph."""
         module = experts_of_a_model().to(torch_device)
         x, index, weights = torch.randn(9, 128), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
         inputs = [tensor.to(torch_device) for tensor in (x, index, weights)]

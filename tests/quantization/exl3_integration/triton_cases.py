@@ -23,9 +23,9 @@ from packaging.version import parse
 from transformers.integrations.exl3 import format, search
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels.triton import gpu
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+from transformers.integrations.exl3.modules import Exl3Linear
 
-from .synthetic import random_linear
+from .synthetic import random_linear, stacked
 from .tiny_models import tiny_model
 
 
@@ -101,10 +101,14 @@ class Layer:
 
 
 def grouped_linear(layers, x, bounds):
-    """What `ops.grouped_linear` has the kernels compute with `layers`, all of one output size."""
+    """What `ops.grouped_linear` has the kernels compute with `layers`, all of one kind."""
+    return gpu.grouped_linear(x, bounds.unfold(0, 2, 1), *stack_of(layers), layers[0].codebook, layers[0].out_features)
+
+
+def stack_of(layers):
+    """`trellis`, `suh`, `svh` and `bias` of `layers`, stacked."""
     tensors = ([getattr(layer, leaf) for layer in layers] for leaf in ("trellis", "suh", "svh", "bias"))
-    lists = [[tensor for tensor in some if tensor is not None] for some in tensors]
-    return gpu.grouped_linear(x, bounds, *lists, [layer.codebook for layer in layers], layers[0].out_features)
+    return [None if some[0] is None else torch.stack(some) for some in tensors]
 
 
 def experts_of_a_model():
@@ -121,7 +125,7 @@ def experts_of_a_model():
                 for role, size in sizes.items()
             }
         )
-    return Exl3Experts(experts, own)
+    return stacked(experts, own)
 
 
 def relative_error(found, exact):

@@ -32,7 +32,7 @@ The files from the ground up. A file imports from the lines above its own, never
 """
 
 from .loading import replace_with_exl3_modules
-from .modules import Exl3Linear
+from .modules import Exl3Linear, separate_experts
 
 
-__all__ = ["Exl3Linear", "replace_with_exl3_modules"]
+__all__ = ["Exl3Linear", "replace_with_exl3_modules", "separate_experts"]

@@ -16,10 +16,14 @@ What happens to weights on their way into a model: the names, and the operations
 
 | loads                           | the model holds              | transforms                                             |
 |---------------------------------|------------------------------|--------------------------------------------------------|
-| an EXL3 checkpoint              | quantized modules            | `Exl3Names`, where the format splits what is fused     |
+| an EXL3 checkpoint              | quantized modules            | `Exl3Names`, where the format splits what is fused,    |
+|                                 |                              | and `Exl3Stacks`, where it splits experts              |
 | the same with `dequantize=True` | its own modules              | `Exl3Dequantize`, all tensors of a module at a time    |
 | a float checkpoint              | quantized modules, pending   | `Exl3Quantize`, one parameter at a time                |
 """
+
+from collections import defaultdict
+from concurrent.futures import Future
 
 import torch
 from torch import nn
@@ -38,7 +42,16 @@ from ...distributed.sharding_utils import DtensorShardOperation, _dtensor_from_l
 from ...distributed.utils import is_dtensor
 from . import encoder, format, ops
 from .checkpoint import cut_columns
-from .modules import Exl3Embedding, Exl3Linear, Exl3Module, Exl3TiedHead, whole
+from .modules import (
+    Exl3Embedding,
+    Exl3Experts,
+    Exl3Linear,
+    Exl3Module,
+    Exl3StackedLinear,
+    Exl3TiedHead,
+    local,
+    whole,
+)
 from .progress import Progress
 
 
@@ -125,6 +138,110 @@ class Exl3Converter(WeightConverter):
             )
 
 
+class Exl3Stacks(WeightConverter):
+    """
+    Merges the tensors of experts into stacks, and splits these on saving.
+
+    Args:
+        parts (`dict[str, tuple[Exl3Experts, str, str, str]]`): By tensor name in the checkpoint, after upstream's renamings:
+            the experts, their path, the name of a layer among them, and the tensor's name in it. Those of a stack are in the order
+            of the stack.
+        on_loading (`bool`, *optional*, defaults to `True`): Whether what is loaded has these names, and not only what is saved.
+    """
+
+    __slots__ = ("parts", "names", "on_loading")
+
+    def __init__(self, parts: dict[str, tuple[Exl3Experts, str, str, str]], on_loading: bool = True):
+        super().__init__("exl3 stacks", "exl3 stacks", [Exl3AsStored()])
+        self.parts, self.on_loading, self.names = parts, on_loading, defaultdict(list)
+        for name, (experts, path, layer, leaf) in parts.items():
+            self.names[f"{path}.{experts.holder(layer)}.{leaf}"].append(name)
+
+    def __deepcopy__(self, memo):  # upstream copies it for each tensor
+        copy = object.__new__(type(self))
+        for slot in (name for owner in type(self).__mro__ for name in getattr(owner, "__slots__", ())):
+            object.__setattr__(copy, slot, getattr(self, slot))
+        copy.collected_tensors, copy.layer_targets = defaultdict(list), defaultdict(set)
+        return copy
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        part = self.parts.get(source_key) if self.on_loading else None
+        if part is None:
+            return source_key, None
+        experts, path, layer, leaf = part
+        holder = experts.holder(layer)
+        if holder is None:  # another process has this expert
+            return f"{path}.{layer}.{leaf}", None
+        return f"{path}.{holder}.{leaf}", self.source_patterns[0]
+
+    def was_used(self) -> bool:
+        return True  # what it undoes on saving does not depend on what was loaded
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        (waiting,) = self.collected_tensors.values()
+        self.collected_tensors.clear()
+        with log_conversion_errors(layer_name, loading_info, (len(waiting), layer_name), self.operations[0]):
+            return {layer_name: _stacked(waiting, model.get_parameter_or_buffer(layer_name))}
+
+    def reverse_transform(self) -> "Exl3Unstack":
+        return Exl3Unstack(self.names)
+
+
+def _stacked(waiting: list, placeholder: torch.Tensor) -> torch.Tensor:
+    """
+    The stack, for the parameter `placeholder`, of the tensors that `waiting` are futures of, or functions: each is read,
+    copied, and let go of.
+    """
+    shape, stack, count = local(placeholder).shape, None, 0
+    # Where something goes to the disk, upstream reads in this thread, and writes contiguous tensors only.
+    is_ordered = len(shape) == 4 and isinstance(waiting[0], Future)
+    for index, entry in enumerate(waiting):
+        waiting[index] = None
+        tensor = entry.result() if isinstance(entry, Future) else entry()
+        if tensor is None:
+            continue  # another process has it
+        if stack is None:
+            empty = ops.new_trellis if is_ordered else torch.empty
+            stack = empty(shape, dtype=tensor.dtype, device=tensor.device)
+        if count == len(stack) or tensor.shape != stack.shape[1:]:
+            raise ValueError(f"a stack of {list(shape)} does not take a tensor of {list(tensor.shape)} at {count}")
+        stack[count] = tensor
+        count += 1
+    if is_dtensor(placeholder) and not shape[0]:
+        return torch.empty(shape, dtype=placeholder.dtype, device=placeholder.device_mesh.device_type)
+    if stack is None or count < len(stack):
+        raise ValueError(f"a stack of {list(shape)} needs more than {count} tensors")
+    return stack
+
+
+class Exl3Unstack(WeightConverter):
+    """
+    Splits stacks into the tensors of experts, by name.
+
+    Args:
+        names (`dict[str, list[str]]`): Tensor name in the model, to those that its entries have in the checkpoint, in order.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: dict[str, list[str]]):
+        super().__init__("exl3 unstack", "exl3 unstack", [Exl3AsStored()])
+        self.names = names
+
+    def __deepcopy__(self, memo):
+        return Exl3Unstack(self.names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, self.source_patterns[0] if source_key in self.names else None
+
+    def convert(self, layer_name, **kwargs):
+        ((stack,),) = self.collected_tensors.values()
+        names = self.names[layer_name]
+        if len(names) != len(stack):
+            raise ValueError(f"{layer_name} has {len(stack)} entries for {len(names)} experts")
+        return self.operations[0].convert(dict(zip(names, stack)))
+
+
 class Exl3Stored(WeightConverter):
     """
     Does nothing on loading, and on saving keeps quantized tensors, and what would be merged with their weights, from
@@ -145,6 +262,7 @@ class Exl3Stored(WeightConverter):
             for path, module in modules.items()
             for name, layer in module.named_modules()
             for leaf in getattr(layer, "stored", ())
+            if not isinstance(layer, Exl3StackedLinear)
         }
         merging = [entry for entry in _reversed_converters(weight_conversions) if len(entry.source_patterns) > 1]
         merged = {apply_converters(name, merging) for name in _plain_names(modules)}
@@ -259,11 +377,8 @@ class Exl3Dequantize(Exl3Make):
             owner, _, leaf = name.rpartition(".")
             if owner not in placement.layers:
                 continue  # superseded
-            layer = placement.layers[owner].removeprefix(path).removeprefix(".")
-            layers.setdefault(layer, {})[leaf] = tensor
-        for layer, stored in layers.items():
-            module.get_submodule(layer).store(stored)
-        plain = module.dequantize(self.hf_quantizer.float_dtype)
+            layers.setdefault(placement.layers[owner][1], {})[leaf] = tensor
+        plain = module.dequantize(self.hf_quantizer.float_dtype, layers)
         del placement.modules[path]  # with the quantized tensors
         made = {f"{path}.{name}": value.detach() for name, value in plain.named_parameters(recurse=False)}
         if placement.tied_head is not None and isinstance(module, Exl3Embedding):
@@ -291,7 +406,7 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
     quantized = placement.checkpoint.linears | placement.checkpoint.embeddings
     tensors = {
-        apply_renamings(f"{module}.{leaf}", renamings): (layer, leaf)
+        apply_renamings(f"{module}.{leaf}", renamings): (*layer, leaf)
         for module, layer in placement.layers.items()
         for leaf in quantized[module]
     }
@@ -308,9 +423,7 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     is_plain = hf_quantizer.quantization_config.dequantize
     decoded = placement.modules if is_plain else placement.decoded
     targets = {
-        name: _first_plain_parameter(placement, layer)
-        for name, (layer, _) in tensors.items()
-        if _module_of(placement, layer) in decoded
+        name: _first_plain_parameter(placement, path) for name, (path, _, _) in tensors.items() if path in decoded
     }
     targets |= {
         apply_renamings(name, renamings): _first_plain_parameter(placement, owner)
@@ -326,22 +439,20 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     converters.insert(0, (Exl3CutAndDequantize if is_plain else Exl3Cut)(hf_quantizer).converter(cut))
     if is_plain:
         return [*spelled, *converters, *weight_conversions]
-    names = {name: f"{layer}.{leaf}" for name, (layer, leaf) in tensors.items() if name not in targets}
+    experts = {path: module for path, module in placement.modules.items() if isinstance(module, Exl3Experts)}
+    names, stacks = {}, {}
+    for name, (path, layer, leaf) in tensors.items():
+        if path in experts:
+            stacks[name] = (experts[path], path, layer, leaf)
+        elif name not in targets:
+            names[name] = f"{path}.{layer}.{leaf}" if layer else f"{path}.{leaf}"
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
     stored = Exl3Stored(kept, placement.model, weight_conversions)
-    return [*spelled, *converters, *weight_conversions, Exl3Names(names), stored]
+    return [*spelled, *converters, *weight_conversions, Exl3Names(names), Exl3Stacks(stacks), stored]
 
 
-def _module_of(placement, layer: str) -> str:
-    """The module of the model that the quantized layer `layer` is, or is part of."""
-    while layer not in placement.modules:
-        layer = layer.rpartition(".")[0]
-    return layer
-
-
-def _first_plain_parameter(placement, layer: str) -> str:
-    """The parameter of the model under which all tensors of the module that `layer` is part of are collected."""
-    path = _module_of(placement, layer)
+def _first_plain_parameter(placement, path: str) -> str:
+    """The parameter of the model under which all tensors of the module at `path` are collected."""
     name, _ = next(placement.modules[path].plain.named_parameters(recurse=False))
     return f"{path}.{name}"
 
@@ -427,21 +538,28 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
     expected = module.plain.get_parameter(parameter).shape
     if value.shape != expected:
         raise ValueError(f"{path}.{parameter} has the shape {list(value.shape)}, the model's is {list(expected)}")
-    result = {}
+    made = defaultdict(list)
     for layer, leaf, view in module.plain_views(parameter, value):
-        linear = module.get_submodule(layer)
+        linear = module.layer(layer)
         name = f"{path}.{layer}" if layer else path
+        holder = module.holder(layer)
         if leaf == "bias":
-            result[f"{name}.bias"] = _stored_bias(name, view, linear)
+            made[holder, "bias"].append(_stored_bias(name, view, linear))
             continue
         try:
             with progress.shown(view.device) as update:
                 tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update)
         except ValueError as error:
             raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
-        result |= {f"{name}.{tensor}": value for tensor, value in tensors.items()}
+        for tensor, encoded in tensors.items():
+            made[holder, tensor].append(encoded)
     module.arrived(parameter)
-    return result
+    return {
+        f"{path}.{holder}.{leaf}" if holder else f"{path}.{leaf}": torch.stack(tensors)
+        if isinstance(module, Exl3Experts)
+        else tensors[0]
+        for (holder, leaf), tensors in made.items()
+    }
 
 
 def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Tensor:
@@ -464,6 +582,9 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
         model (`PreTrainedModel`): The model, changed in place.
         progress (`Progress`, *optional*): Of a model that is quantized.
     """
+    for entry in getattr(model, "_weight_conversions", None) or ():
+        if isinstance(entry, Exl3Stacks):
+            entry.parts.clear()  # which are modules: saving goes by the names
     for path, module in list(model.named_modules()):
         if isinstance(module, Exl3TiedHead):
             module.decode(model.get_input_embeddings())
@@ -484,10 +605,12 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
             module.to_plain_dtype()
         if isinstance(module, Exl3Module):
             module.requires_grad_(False)
+        if isinstance(module, Exl3StackedLinear):
+            module.place_numbers()
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.device.type != "cpu" or hasattr(parameter, "device_mesh"):
                 continue
-            if isinstance(module, Exl3Linear) and name == "trellis":
+            if isinstance(module, (Exl3Linear, Exl3StackedLinear)) and name == "trellis":
                 parameter.data = ops.ordered(parameter.data)
             # Files written without padding of their header leave tensors at addresses that no vector code expects.
             if parameter.data_ptr() % parameter.element_size():
@@ -527,7 +650,7 @@ def _initialized(model: nn.Module, path: str, module: Exl3Module) -> nn.Module:
             parameter.data.copy_(getattr(module, name))
             continue
         for layer, leaf, view in module.plain_views(name, parameter.data):
-            view.copy_(module.get_submodule(layer).dequantized(leaf))
+            view.copy_(module.layer(layer).dequantized(leaf))
     return plain
 
 

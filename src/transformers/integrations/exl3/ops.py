@@ -102,10 +102,22 @@ def ordered(trellis: torch.Tensor) -> torch.Tensor:
     values stay, any order is computed with, and what is saved is contiguous again. Among several processes the order is
     left alone, since FSDP shards contiguous parameters only.
     """
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if trellis.device.type != "cpu" or not cpu.is_available() or is_distributed:
+    if not _goes_down_columns(trellis.device):
         return trellis
-    return trellis.transpose(0, 1).contiguous().transpose(0, 1)
+    return trellis.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def _goes_down_columns(device: torch.device) -> bool:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return device.type == "cpu" and cpu.is_available() and not is_distributed
+
+
+def new_trellis(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A stack of trellises, not initialised, in the order that `ordered` gives it."""
+    experts, rows, columns, words = shape
+    if not _goes_down_columns(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(experts, columns, rows, words, dtype=dtype, device=device).transpose(1, 2)
 
 
 def _features(tiles: slice) -> slice:
@@ -252,12 +264,17 @@ def linear_input_grad(
     """The gradient of `linear` in its input: `grad` `[..., out_features]` to `[..., in_features]`, in the dtype of `grad`."""
     _check_product(grad, trellis, suh, svh, None, in_features, is_transposed=True)
     rows = grad.reshape(-1, grad.shape[-1])
-    rotated = _rotate(rows, svh)
     x = rows.new_empty(rows.shape[0], in_features)
+    _multiply_transposed(rows, trellis, suh, svh, codebook, x)
+    return x.view(*grad.shape[:-1], in_features)
+
+
+def _multiply_transposed(rows, trellis, suh, svh, codebook, x):
+    """`linear_input_grad` for `rows` `[rows, out_features]` into `x` `[rows, in_features]`."""
+    rotated = _rotate(rows, svh)
     for strip in _strips(*trellis.shape[:2]):
         features = _features(strip)
         _rotate_back(rotated @ _decode(trellis[strip], codebook, rotated.dtype).T, suh[features], None, x[:, features])
-    return x.view(*grad.shape[:-1], in_features)
 
 
 @linear_input_grad.register_fake
@@ -288,26 +305,43 @@ def _linear_backward(ctx, grad):
 linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
 
 
+def _check_stack(x, ranges, trellis, suh, svh, bias, out_features, is_transposed=False):
+    """Raise `ValueError` where `x` cannot be multiplied by stacked quantized weights to `out_features`."""
+    counts = [tensor.shape[0] for tensor in (ranges, trellis, suh, svh, bias) if tensor is not None and tensor.dim()]
+    if len(set(counts)) > 1 or trellis.dim() != 4 or ranges.shape[1:] != (2,) or ranges.is_floating_point():
+        shapes = [None if tensor is None else [*tensor.shape] for tensor in (ranges, trellis, suh, svh, bias)]
+        raise ValueError(
+            f"EXL3 grouped linear: ranges, trellis, suh, svh and bias of {shapes} are of no stack of weights"
+        )
+    if x.dim() != 2:
+        raise ValueError(f"EXL3 grouped linear: the input is {[*x.shape]}, not [rows, features]")
+    if counts[0]:
+        one = None if bias is None else bias[0]
+        _check_product(x, trellis[0], suh[0], svh[0], one, out_features, is_transposed)
+
+
 @torch.library.custom_op("exl3::grouped_linear", mutates_args=())
 def grouped_linear(
     x: torch.Tensor,
-    bounds: torch.Tensor,
-    trellis: list[torch.Tensor],
-    suh: list[torch.Tensor],
-    svh: list[torch.Tensor],
-    bias: list[torch.Tensor],
-    codebooks: list[int],
+    ranges: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
     out_features: int,
 ) -> torch.Tensor:
     """
-    The products of groups of rows, each group with its own quantized weight: of the experts of a mixture.
+    The products of groups of rows, each group with its own quantized weight out of a stack: of the experts of a mixture.
 
     Args:
         x (`torch.Tensor`): `[rows, in_features]`, floating, the rows of a group next to each other.
-        bounds (`torch.Tensor`): Integer `[groups + 1]`: rows `bounds[g]` to `bounds[g + 1]` are those of group `g`.
-        trellis, suh, svh (`list[torch.Tensor]`): Of each group, as in `linear`.
-        bias (`list[torch.Tensor]`): The same, or empty for none.
-        codebooks (`list[int]`): Of each group, an index in `format.CODEBOOKS`.
+        ranges (`torch.Tensor`): Integer `[groups, 2]`: rows `ranges[g, 0]` to `ranges[g, 1]` are those of group `g`.
+        trellis (`torch.Tensor`): int16 `[groups, in/16, out/16, 16K]`.
+        suh (`torch.Tensor`): `[groups, in]`.
+        svh (`torch.Tensor`): `[groups, out]`.
+        bias (`torch.Tensor`, *optional*): `[groups, out_features]` or more.
+        codebook (`str`): One of `format.CODEBOOKS`.
         out_features (`int`): Output features without their padding.
 
     Returns:
@@ -315,82 +349,82 @@ def grouped_linear(
 
     Raises:
         `ValueError`: Where the tensors do not fit each other.
-        `RuntimeError`: For tensors that are met for the first time while a CUDA graph is captured.
     """
-    counts = [len(tensors) for tensors in (trellis, suh, svh, bias or trellis, codebooks)]
-    if len(set(counts)) > 1:
-        raise ValueError(f"EXL3 grouped linear: trellis, suh, svh, bias and codebooks are of {counts} groups")
+    _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
     if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
-        names = [format.CODEBOOKS[codebook] for codebook in codebooks]
-        return gpu.grouped_linear(x, bounds, trellis, suh, svh, bias, names, out_features)
+        return gpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_zeros(x.shape[0], out_features)
-    few = []
-    for group, rows in _groups(bounds, len(trellis), x.shape[0]):
-        layer = (trellis[group], suh[group], svh[group], bias[group] if bias else None)
-        _check_product(x, *layer, out_features)
-        layer += (format.CODEBOOKS[codebooks[group]],)
-        if gpu.is_available(x.device):
-            y[rows] = gpu.linear(x[rows], *layer, out_features)
-        elif rows.stop - rows.start <= FEW_ROWS and _is_compiled(x):
-            few.append(((x[rows], *layer), y[rows]))
-        else:
-            _multiply_in_strips(x[rows], *layer, y[rows])
+    few = FEW_ROWS if _is_compiled(x) else 0
     if few:
-        cpu.linear(*map(list, zip(*few)))
+        cpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, y, few)
+        if x.shape[0] <= few:
+            return y
+    for group, rows in _groups(ranges, x.shape[0]):
+        if rows.stop - rows.start > few:
+            layer = (trellis[group], suh[group], svh[group], None if bias is None else bias[group], codebook)
+            if gpu.is_available(x.device):
+                y[rows] = gpu.linear(x[rows], *layer, out_features)
+            else:
+                _multiply_in_strips(x[rows], *layer, y[rows])
     return y
 
 
 @grouped_linear.register_fake
-def _(x, bounds, trellis, suh, svh, bias, codebooks, out_features):
-    gpu.check_devices(x, bounds, *trellis, *suh, *svh, *bias)
+def _(x, ranges, trellis, suh, svh, bias, codebook, out_features):
+    gpu.check_devices(x, ranges, trellis, suh, svh, bias)
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.custom_op("exl3::grouped_linear_input_grad", mutates_args=())
 def grouped_linear_input_grad(
     grad: torch.Tensor,
-    bounds: torch.Tensor,
-    trellis: list[torch.Tensor],
-    suh: list[torch.Tensor],
-    svh: list[torch.Tensor],
-    codebooks: list[int],
+    ranges: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    codebook: str,
     in_features: int,
 ) -> torch.Tensor:
     """The gradient of `grouped_linear` in its input: `grad` `[rows, out_features]` to `[rows, in_features]`."""
+    _check_stack(grad, ranges, trellis, suh, svh, None, in_features, is_transposed=True)
     x = grad.new_zeros(grad.shape[0], in_features)
-    for group, rows in _groups(bounds, len(trellis), grad.shape[0]):
-        codebook = format.CODEBOOKS[codebooks[group]]
-        x[rows] = linear_input_grad(grad[rows], trellis[group], suh[group], svh[group], codebook, in_features)
+    for group, rows in _groups(ranges, grad.shape[0]):
+        _multiply_transposed(grad[rows], trellis[group], suh[group], svh[group], codebook, x[rows])
     return x
 
 
 @grouped_linear_input_grad.register_fake
-def _(grad, bounds, trellis, suh, svh, codebooks, in_features):
-    gpu.check_devices(grad, bounds, *trellis, *suh, *svh)
+def _(grad, ranges, trellis, suh, svh, codebook, in_features):
+    gpu.check_devices(grad, ranges, trellis, suh, svh)
     return grad.new_empty(grad.shape[0], in_features)
 
 
-def _groups(bounds: torch.Tensor, groups: int, rows: int):
+def _groups(ranges: torch.Tensor, rows: int) -> list[tuple[int, slice]]:
     """The groups that have rows, with these."""
-    ends = bounds.tolist()
-    if len(ends) != groups + 1 or sorted([0, *ends, rows]) != [0, *ends, rows]:
-        raise ValueError(f"EXL3 grouped linear: {ends} are no bounds of {groups} groups among {rows} rows")
-    return [(group, slice(*rows)) for group, rows in enumerate(zip(ends, ends[1:])) if rows[0] < rows[1]]
+    found = ranges.tolist()
+    ends = sorted(end for pair in found for end in pair)
+    if any(start > stop for start, stop in found) or (ends and not 0 <= ends[0] <= ends[-1] <= rows):
+        raise ValueError(f"EXL3 grouped linear: {found} are no ranges among {rows} rows")
+    return [(group, slice(start, stop)) for group, (start, stop) in enumerate(found) if start < stop]
 
 
 def _save_for_grouped_backward(ctx, inputs, output):
-    x, bounds, trellis, suh, svh, bias, codebooks, _ = inputs
-    ctx.save_for_backward(bounds, *trellis, *suh, *svh)
-    ctx.codebooks, ctx.in_features, ctx.biases = codebooks, x.shape[-1], len(bias)
+    x, ranges, trellis, suh, svh, bias, codebook, _ = inputs
+    ctx.save_for_backward(ranges, trellis, suh, svh)
+    ctx.codebook, ctx.in_features = codebook, x.shape[-1]
+    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
 
 
 def _grouped_linear_backward(ctx, grad):
-    bounds, *tensors = ctx.saved_tensors
-    count = len(ctx.codebooks)
-    layers = (tensors[start : start + count] for start in range(0, 3 * count, count))
-    grad_x = grouped_linear_input_grad(grad.contiguous(), bounds, *layers, ctx.codebooks, ctx.in_features)
-    none = [None] * count
-    return grad_x, None, none, none, none, [None] * ctx.biases, None, None
+    ranges, *tensors = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grouped_linear_input_grad(grad.contiguous(), ranges, *tensors, ctx.codebook, ctx.in_features)
+    if ctx.needs_input_grad[5]:
+        shape, dtype = ctx.bias
+        sums = torch.nn.functional.pad(grad.double().cumsum(0), (0, shape[1] - grad.shape[1], 1, 0))
+        grad_bias = (sums[ranges[:, 1]] - sums[ranges[:, 0]]).to(dtype)
+    return grad_x, None, None, None, None, grad_bias, None, None
 
 
 grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_for_grouped_backward)

@@ -36,18 +36,18 @@ from ...distributed.expert_parallel import EpDispatchExpertsParallel
 from ...distributed.parallel_utils import replace_layer_number_by_wildcard
 from ...distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel, TensorParallelLayer
 from . import format
-from .modules import Exl3Experts, Exl3Linear, Exl3Module, whole
+from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3StackedLinear, whole
 
 
-# The dimensions in which the tensors of a layer are cut; what is not in there stays whole.
-COLUMNS = {"trellis": 1, "svh": 0, "sv": 0, "bias": 0}
-ROWS = {"trellis": 0, "suh": 0, "su": 0}
+# The dimensions, from the last one, in which the tensors of a layer or a stack are cut; what is not in there stays whole.
+COLUMNS = {"trellis": -2, "svh": -1, "sv": -1, "bias": -1}
+ROWS = {"trellis": -3, "suh": -1, "su": -1}
 
 
 def _cut(module: nn.Module, name: str, mesh, dims: dict[str, int]):
     parameter = module._parameters.get(name)
     if parameter is not None and name in dims:
-        cut = distribute_tensor(parameter, mesh, [Shard(dims[name])], src_data_rank=None)
+        cut = distribute_tensor(parameter, mesh, [Shard(dims[name] + parameter.dim())], src_data_rank=None)
         module._parameters[name] = nn.Parameter(cut, requires_grad=False)
 
 
@@ -171,7 +171,7 @@ def adapt_tensor_plan(model: nn.Module, own: dict[str, str] | None, ranks: int, 
             for name in [name for name in plan if name.rpartition(".")[0] == rule and name not in tensors]:
                 del plan[name]  # for a fused parameter
             if wanted.get(rule) == EXPERTS_CUT:
-                plan.update({f"{rule}.*.expert_{role}": PROJECTIONS[role] for role in module.roles})
+                plan.update({f"{rule}.stacked_{role}.*": PROJECTIONS[role] for role in module.roles})
         style = wanted.get(rule)
         problem = style and rule not in dispatched and _misfit(path, module, style, ranks)
         if problem and style in GATHERED and rule not in (own or {}):
@@ -196,9 +196,9 @@ def _misfit(path: str, module: nn.Module, style: str, ranks: int) -> str | None:
     layers = [(path, module, "in" if style.startswith("rowwise") else "out")]
     if isinstance(module, Exl3Experts) and style == EXPERTS_CUT:
         layers = [
-            (f"{path}.{index}.expert_{role}", module.projection(index, role), "in" if role == "down" else "out")
-            for index in range(module.num_experts)
-            for role in module.roles
+            (f"{path}.{name}", stack, "in" if name.startswith("stacked_down") else "out")
+            for name, stack in module.named_modules()
+            if isinstance(stack, Exl3StackedLinear)
         ]
         if any(layer.bias is not None for _, layer, _ in layers):
             return f"{path}: experts with biases are not cut"
@@ -278,6 +278,6 @@ def gathered(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
             own = {f"{path}.{name}": tensor.cpu() for name, tensor in module.state_dict().items()}
             parts = [None] * torch.distributed.get_world_size(group) if is_main else None
             torch.distributed.gather_object(own, parts, group=group, group_dst=0)
-            for part in parts or ():
-                state |= part
+            names = {name: None for part in parts or () for name in part}
+            state |= {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
     return state

@@ -57,6 +57,7 @@ from .modules import (
     Exl3Experts,
     Exl3Linear,
     Exl3Module,
+    Exl3Projection,
     Exl3SlicedLinear,
     Exl3SplitLinear,
     Exl3TiedHead,
@@ -83,7 +84,8 @@ class Placement:
 
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what has to stand there.
-        layers (`dict[str, str]`): Module name in the checkpoint to that of the `Exl3Linear` or `Exl3Embedding` in the model.
+        layers (`dict[str, tuple[str, str]]`): Module name in the checkpoint to the path of the module in the model that it belongs
+            to, and the layer's name there, as `Exl3Module.layer` takes it.
         padded (`dict[str, str]`): Tensor name in the checkpoint to the model's parameter, for tensors stored with padding.
         tied_head (`str` or `None`): Path in the model of a head that is decoded from the quantized input embeddings.
         superseded (`dict[str, str]`): Tensor name in the checkpoint to module in the model, for plain weights that stand beside
@@ -103,7 +105,7 @@ class Placement:
     def __init__(self, checkpoint: Checkpoint, model, has_tied_head: bool = False):
         self.checkpoint, self.model = checkpoint, model
         self.modules: dict[str, Exl3Module] = {}
-        self.layers: dict[str, str] = {}
+        self.layers: dict[str, tuple[str, str]] = {}
         self.padded: dict[str, str] = {}
         self.superseded: dict[str, str] = {}
         self.lacking: list[str] = []
@@ -264,13 +266,20 @@ class Placement:
         self.modules[path] = module
         if isinstance(self._paths[path], nn.Linear) and not is_linear(self._paths[path]):
             self.decoded.add(path)
-        if not isinstance(module, (Exl3Linear, Exl3Embedding)):
+        if isinstance(module, Exl3Experts):
+            layers = [f"{expert}.expert_{role}" for expert in range(module.num_experts) for role in module.roles]
+        elif not isinstance(module, (Exl3Linear, Exl3Embedding)):
             layers = [layer for layer, child in module.named_modules() if isinstance(child, Exl3Linear)]
         for name, layer in zip(names, layers or [""], strict=True):
-            self.layers[name] = f"{path}.{layer}" if layer else path
+            self.layers[name] = path, layer
 
     def _linear(self, name: str, in_features: int, out_features: int, plain: nn.Module | None = None):
         """The layer for the tensors of `name`, None (and a problem noted) if they do not fit these sizes."""
+        tensors = self._tensors(name, in_features, out_features, plain)
+        return None if tensors is None else Exl3Linear(in_features, out_features, tensors, plain)
+
+    def _tensors(self, name: str, in_features: int, out_features: int, plain: nn.Module | None = None):
+        """The tensors of `name`, None (and a problem noted) if they do not fit a layer of these sizes."""
         tensors = {leaf: tensor.to("meta") for leaf, tensor in self.checkpoint.linears[name].items()}
         stored = [size * format.TILE for size in tensors["trellis"].shape[:2]]
         if stored != [format.padded(in_features), format.padded(out_features)]:
@@ -288,7 +297,7 @@ class Placement:
                 f"{name} has a bias of {tensors['bias'].shape[0]} for {out_features} output features"
             )
             return None
-        return Exl3Linear(in_features, out_features, tensors, plain)
+        return tensors
 
     def _stored(self, name: str, side: int) -> int:
         return self.checkpoint.linears[name]["trellis"].shape[side] * format.TILE
@@ -364,19 +373,15 @@ class Placement:
                 f"{path} has {count} experts with {', '.join(roles)}; the checkpoint lacks {missing} and has {unknown[:4]}"
             )
             return None
-        experts = []
-        for expert in range(count):
-            projections = {}
-            for role in roles:
-                sizes = (intermediate, hidden) if role == "down" else (hidden, intermediate)
-                projections[role] = self._linear(parts[expert, names[role]], *sizes)
-            experts.append(projections)
+        projections = {}
+        for role in roles:
+            sizes = (intermediate, hidden) if role == "down" else (hidden, intermediate)
+            tensors = [self._tensors(parts[expert, names[role]], *sizes) for expert in range(count)]
+            projections[role] = None if None in tensors else Exl3Projection(*sizes, tensors)
         ordered = {key: parts[key] for key in ((e, names[role]) for e in range(count) for role in roles)}
         parts.clear()
         parts.update(ordered)
-        if any(layer is None for projections in experts for layer in projections.values()):
-            return None
-        return Exl3Experts(experts, plain)
+        return None if None in projections.values() else Exl3Experts(projections, plain)
 
     def _embedding(self, name: str, path: str, tensors) -> Exl3Embedding | None:
         plain = self._paths.get(path)

@@ -32,7 +32,15 @@ from .architecture import (
     untie,
 )
 from .checkpoint import embedding_tensors, linear_tensors
-from .modules import Exl3Embedding, Exl3Experts, Exl3Linear, Exl3Module, Exl3SplitLinear, Exl3TiedHead
+from .modules import (
+    Exl3Embedding,
+    Exl3Experts,
+    Exl3Linear,
+    Exl3Module,
+    Exl3Projection,
+    Exl3SplitLinear,
+    Exl3TiedHead,
+)
 from .selection import selected
 
 
@@ -65,6 +73,7 @@ class Plan:
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
         names (`dict[str, str]`): Tensor names that checkpoints have for parts of fused modules, to those in the model.
+        stacks (`dict[str, tuple]`): What `Exl3Stacks` takes: tensor names that checkpoints have for experts, to what they are.
         tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
         has_tied_head (`bool`): Whether the output embeddings stay tied to the input embeddings, which are quantized.
         weights (`int`): How many weights there are to quantize.
@@ -78,6 +87,7 @@ class Plan:
         self.model, self.codebook = model, config.codebook
         self.modules: dict[str, Exl3Module] = {}
         self.names: dict[str, str] = {}
+        self.stacks: dict[str, tuple[Exl3Experts, str, str, str]] = {}
         self.tied_heads: dict[str, str] = {}
         self._paths = dict(model.named_modules())
         self._expert_names = self._names_of_projections()
@@ -272,14 +282,16 @@ class Plan:
         roles = self._roles(module)
         bias = hasattr(module, "down_proj_bias")
         shapes = {role: (intermediate, hidden) if role == "down" else (hidden, intermediate) for role in roles}
-        experts = [{role: self._linear(*shapes[role], bits[role], bias) for role in roles} for _ in range(count)]
-        self.names |= {
-            f"{path}.{index}.{self._expert_names[role]}.{tensor}": f"{path}.{index}.expert_{role}.{tensor}"
-            for index, projections in enumerate(experts)
-            for role, layer in projections.items()
-            for tensor in layer.stored
+        tensors = {role: linear_tensors(*shapes[role], bits[role], self.codebook, bias) for role in roles}
+        projections = {role: Exl3Projection(*shapes[role], [tensors[role]] * count) for role in roles}
+        experts = Exl3Experts(projections, module)
+        self.stacks |= {
+            f"{path}.{index}.{self._expert_names[role]}.{tensor}": (experts, path, f"{index}.expert_{role}", tensor)
+            for index in range(count)
+            for role in roles
+            for tensor in tensors[role]
         }
-        return Exl3Experts(experts, module)
+        return experts
 
 
 def _join(path: str, part: str) -> str:

@@ -44,7 +44,7 @@ from transformers import LlamaForCausalLM, Qwen3MoeConfig, logging
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.checkpoint import linear_tensors
 from transformers.integrations.exl3.kernels import cpu
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Projection
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 
@@ -189,7 +189,8 @@ def experts_table(count=64, active=8, hidden=2048, intermediate=768):
         plain = Qwen3MoeExperts(config)
     shapes = {"gate": (hidden, intermediate), "up": (hidden, intermediate), "down": (intermediate, hidden)}
     layers = [{role: random_exl3_linear(*shape, 4) for role, shape in shapes.items()} for _ in range(count)]
-    experts = Exl3Experts(layers, plain)
+    stacks = {r: Exl3Projection(*s, [layer[r].state_dict() for layer in layers]) for r, s in shapes.items()}
+    experts = Exl3Experts(stacks, plain)
     print(
         f"\n| tokens | {active} of {count} experts, {hidden} x {intermediate} (ms) | the sum of their products (ms) |\n|---|---|---|"
     )

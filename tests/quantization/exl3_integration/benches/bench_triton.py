@@ -35,7 +35,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.integrations.exl3 import format, ops, search
 from transformers.integrations.exl3.kernels.triton import gpu
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Projection
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 
@@ -158,7 +158,8 @@ def experts_table(device, hidden, width, count, row_counts, implementation):
         parameter.normal_(std=0.02)
     sizes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
     experts = [{role: quantized_layer(*size, 4, device) for role, size in sizes.items()} for _ in range(count)]
-    ours, timer = Exl3Experts(experts, plain), Timer(device)
+    stacks = {r: Exl3Projection(*s, [layers[r].state_dict() for layers in experts]) for r, s in sizes.items()}
+    ours, timer = Exl3Experts(stacks, plain), Timer(device)
     for rows in row_counts:
         # Each token goes through all experts in turn, so that the cache does not hold the next ones.
         turns = [torch.randperm(count, device=device).view(-1, 8) for _ in range(rows)]

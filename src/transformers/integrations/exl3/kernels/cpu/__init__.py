@@ -40,13 +40,14 @@ from ... import search as trellis_search
 logger = logging.get_logger(__name__)
 
 LIBRARY = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
-ABI_VERSION = 3  # as in cpu.cpp
+ABI_VERSION = 5  # as in cpu.cpp
 
 _STATUS = {
     1: "it knows no such rate",
     2: "the memory for its scratch is missing",
     3: "EXL3_CPU_ISA names an instruction set that this machine or this build lacks",
     4: "EXL3_CPU_INPUT_BITS is neither 8 nor 16",
+    5: "its ranges are none of rows of the input",
 }
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in common.h
@@ -57,12 +58,14 @@ _ROWS, _NO_ROWS = "Pqi", (0, 0, 0)
 _TRELLIS = "Pqqqqii"  # as `_trellis` returns it
 _LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqq0P")
 _OPERANDS, _SIZES = struct.Struct("@" + 2 * _ROWS + "0P"), struct.Struct("@qqq")  # where that starts and ends
+_GROUPED_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqqPqqqqqqqq0P")
 _ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
 _DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
 _SIGNATURES = {
     "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT],
     "exl3_linear": [_POINTER, _LONG, _INT],
+    "exl3_grouped_linear": [_POINTER, _INT],
     "exl3_rotate": [_POINTER, _INT],
     "exl3_decode": [_POINTER, _INT],
     "exl3_dequantize": [_POINTER, _INT],
@@ -225,6 +228,57 @@ class Weight:
         return y
 
 
+def grouped_linear(
+    x: torch.Tensor,
+    ranges: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    out: torch.Tensor,
+    most: int,
+):
+    """Products of groups of rows and stacked quantized weights, of all groups on all threads together.
+
+    Args:
+        x, ranges, trellis, suh, svh, bias, codebook: As in `ops.grouped_linear`, on sizes that fit each other.
+        out (`torch.Tensor`): `[rows, out_features]`, rows contiguous each, of `x`'s dtype. Written in rows of groups.
+        most (`int`): Groups of more rows are left out.
+
+    Raises:
+        ValueError: For tensors of other dtypes, layouts or devices, for ranges that are none of rows of `x`, and for an unknown
+            rate or codebook.
+        RuntimeError: If the kernels are missing.
+    """
+    if not len(ranges):
+        return
+    x, ranges = x.contiguous(), ranges.to(torch.int64)
+    trellis = trellis if trellis.stride(3) == 1 else trellis.contiguous()
+    one = _tiles(trellis[0])
+    stacks = [trellis, suh, svh] + ([] if bias is None else [bias])
+    if any(stack.shape[0] != ranges.shape[0] for stack in stacks) or ranges.shape[1:] != (2,) or not ranges.is_cpu:
+        raise ValueError(f"the stacks of grouped products do not fit {_describe(ranges)}")
+    _check_sizes(x, one, suh[0], svh[0], None if bias is None else bias[0], out)
+    call = _GROUPED_CALL.pack(
+        *_rows(x),
+        *_rows(out),
+        *_rows(suh),
+        *_rows(svh),
+        *_rows(bias),
+        *_trellis(one, codebook),
+        *x.shape,
+        out.shape[1],
+        ranges.data_ptr(),
+        *ranges.stride(),
+        len(ranges),
+        most,
+        *(stack.stride(0) for stack in stacks),
+        *([0] if bias is None else []),
+    )
+    _call("exl3_grouped_linear", _address(bytearray(call)), torch.get_num_threads())
+
+
 def rotate(
     x: torch.Tensor,
     before: torch.Tensor | None = None,
@@ -356,4 +410,6 @@ def _loaded():
 def _call(name, *arguments):
     status = getattr(_loaded(), name)(*arguments)
     if status:
-        raise RuntimeError(f"the compiled EXL3 kernel {name} failed: {_STATUS[status]}")
+        raise (ValueError if status == 5 else RuntimeError)(
+            f"the compiled EXL3 kernel {name} failed: {_STATUS[status]}"
+        )

@@ -28,6 +28,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -45,7 +46,7 @@ constexpr float HADAMARD_SCALE = 0.08838834764831845f;  // 128 ** -0.5, the fact
 constexpr int RATES[] = {2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};  // `format.BITS`, twice
 constexpr int NUM_RATES = sizeof RATES / sizeof *RATES;
 
-enum Status { OK = 0, NO_SUCH_RATE = 1, OUT_OF_MEMORY = 2, NO_SUCH_ISA = 3, NO_SUCH_INPUT_BITS = 4 };
+enum Status { OK = 0, NO_SUCH_RATE = 1, OUT_OF_MEMORY = 2, NO_SUCH_ISA = 3, NO_SUCH_INPUT_BITS = 4, NO_SUCH_ROWS = 5 };
 enum Codebook { THREE_INST, MCG, MUL1, NUM_CODEBOOKS };  // the order of `format.CODEBOOKS`
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };               // the order of `cpu.DTYPES`
 
@@ -172,6 +173,15 @@ struct LinearCall {
   Rows suh, svh, bias;
   Trellis trellis;
   int64_t rows, in_features, out_features;
+};
+
+// What `exl3_grouped_linear` computes: groups of rows, each with a weight of its own out of a stack.
+struct GroupedCall {
+  LinearCall first;       // with the first weight, and all rows
+  const int64_t* ranges;  // [groups, 2]: the first row of each group, and the one after its last
+  int64_t group_stride, end_stride, groups;
+  int64_t most;                                   // groups of more rows are left out
+  int64_t trellis, suh, svh, bias;  // from one weight to the next: strides in words and elements
 };
 
 // What `exl3_rotate` computes: `y = hadamard(x * before) * after + bias`.

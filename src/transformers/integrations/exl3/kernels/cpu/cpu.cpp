@@ -41,7 +41,7 @@
 
 namespace {
 
-constexpr int ABI_VERSION = 3;  // `cpu.ABI_VERSION`: raised with every change of a signature below
+constexpr int ABI_VERSION = 5;  // `cpu.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
@@ -210,6 +210,7 @@ int32_t run(int32_t twice_bits, const Work& work) {
   if (!isa()) return NO_SUCH_ISA;
   if (rate_index(twice_bits) < 0) return NO_SUCH_RATE;
   try {
+    if constexpr (std::is_same<decltype(work(*isa())), int32_t>::value) return work(*isa());
     work(*isa());
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
@@ -253,6 +254,34 @@ EXPORT int32_t exl3_linear(const LinearCall* calls, int64_t count, int32_t threa
     if (rate_index(calls[i].trellis.twice_bits) < 0) return NO_SUCH_RATE;
   if (input_bits_wanted() < 0) return NO_SUCH_INPUT_BITS;
   return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads); });
+}
+
+// `ops.grouped_linear` for the groups of at most `most` rows.
+EXPORT int32_t exl3_grouped_linear(const GroupedCall* call, int32_t threads) {
+  const LinearCall& first = call->first;
+  auto advance = [](Rows& rows, int64_t elements) {
+    if (rows.data) rows.data = static_cast<char*>(rows.data) + elements * (rows.dtype == FLOAT32 ? 4 : 2);
+  };
+  return run(first.trellis.twice_bits, [&](const Isa& isa) -> int32_t {
+    std::vector<LinearCall> calls;
+    for (int64_t group = 0; group < call->groups; ++group) {
+      const int64_t* range = call->ranges + group * call->group_stride;
+      int64_t begin = range[0], end = range[call->end_stride];
+      if (begin < 0 || end < begin || end > first.rows) return NO_SUCH_ROWS;
+      if (begin == end || end - begin > call->most) continue;
+      LinearCall one = first;
+      one.rows = end - begin;
+      advance(one.x, begin * one.x.stride);
+      advance(one.y, begin * one.y.stride);
+      advance(one.suh, group * call->suh);
+      advance(one.svh, group * call->svh);
+      advance(one.bias, group * call->bias);
+      one.trellis.data += group * call->trellis;
+      calls.push_back(one);
+    }
+    isa.multiply(calls.data(), int64_t(calls.size()), threads);
+    return OK;
+  });
 }
 
 // `hadamard` of rows that are scaled before and after.

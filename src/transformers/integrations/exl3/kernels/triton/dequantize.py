@@ -50,23 +50,24 @@ def _decode(
 
 def as_words(trellis: torch.Tensor) -> torch.Tensor:
     """
-    The words of a trellis, as kernels take them: int32 `[in/16, out/16, 8K]`, in whichever order its tiles lie in memory.
+    The words of a trellis, as kernels take them: int32 `[in/16, out/16, 8K]`, in whichever order its tiles lie in memory, or of a
+    stack of them, `[experts, in/16, out/16, 8K]`.
 
     Raises:
         ValueError: For a tensor that is no trellis of whole blocks, or whose words do not lie as kernels need them.
     """
-    if trellis.dtype is not torch.int16 or trellis.dim() != 3:
+    if trellis.dtype is not torch.int16 or trellis.dim() not in (3, 4):
         raise ValueError(f"a trellis is int16 [in/16, out/16, 16K], not {trellis.dtype} {list(trellis.shape)}")
     format.bits_of(trellis)
     tiles_per_block = format.BLOCK // format.TILE
-    if trellis.shape[0] % tiles_per_block or trellis.shape[1] % tiles_per_block or not trellis.numel():
+    if trellis.shape[-3] % tiles_per_block or trellis.shape[-2] % tiles_per_block or not trellis.numel():
         raise ValueError(
             f"a trellis has whole blocks of {tiles_per_block} by {tiles_per_block} tiles, not {list(trellis.shape)}"
         )
-    if trellis.stride(2) != 1 or trellis.data_ptr() % 4:
+    if trellis.stride(-1) != 1 or trellis.data_ptr() % 4:
         raise ValueError("the words of a tile must lie one after the other, and at addresses that are multiples of 4")
     words = trellis.view(torch.int32)
-    if tiles_per_block * max(words.stride()[:2]) >= 1 << 31:
+    if tiles_per_block * max(words.stride()[-3:-1]) >= 1 << 31:
         raise ValueError(f"the tiles of a block lie too far from each other in memory: strides {trellis.stride()}")
     return words
 

@@ -27,7 +27,6 @@ from .....utils import logging
 from ... import format
 from ... import search as trellis_search
 from ...hadamard import hadamard
-from .experts import is_capturing, kinds, table_of
 
 
 logger = logging.get_logger(__name__)
@@ -43,6 +42,11 @@ def is_available(device: torch.device) -> bool:
     if is_capturing(device):
         return _imports()  # no time to compare results: that needs a copy to the host
     return _works(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what runs on `device` now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def has_grouped_linear(device: torch.device) -> bool:
@@ -136,45 +140,36 @@ def linear(
 
 def grouped_linear(
     x: torch.Tensor,
-    bounds: torch.Tensor,
-    trellis: list[torch.Tensor],
-    suh: list[torch.Tensor],
-    svh: list[torch.Tensor],
-    bias: list[torch.Tensor],
-    codebooks: list[str],
+    ranges: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
     out_features: int,
 ) -> torch.Tensor:
     """
-    The operator `exl3::grouped_linear`, without asking the device how many rows an expert has: a launch for each kind of
-    experts, those with the same rate, codebook, sizes and strides. Needs `has_grouped_linear`.
-
-    In a CUDA graph it works with tensors that have been multiplied before, see `experts.table_of`.
+    The operator `exl3::grouped_linear`, on sizes that fit each other, without asking the device how many rows an expert has.
+    Needs `has_grouped_linear`.
 
     Raises:
-        ValueError: As `linear`, for bounds that are not one more than there are experts, and for sizes that do not fit.
-        RuntimeError: For tensors that are met for the first time while a CUDA graph is captured.
+        ValueError: As `linear`.
     """
     from .linear import grouped_linear as triton_grouped_linear
     from .target import on, target_of
 
     _check_dtype("activations", x.dtype)
-    check_devices(x, bounds, *trellis, *suh, *svh, *bias)
-    if bounds.shape != (len(codebooks) + 1,):
-        raise ValueError(
-            f"{len(codebooks)} experts need {len(codebooks) + 1} bounds of their rows, not {list(bounds.shape)}"
-        )
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    bounds = bounds.to(torch.int32).contiguous()
-    lists = [trellis, *([tensor.contiguous() for tensor in tensors] for tensors in (suh, svh, bias))]
+    _check_codebook(codebook)
+    check_devices(x, ranges, trellis, suh, svh, bias)
     y = x.new_zeros(x.shape[0], out_features)
-    for members in kinds(*lists, codebooks):
-        one = members[0]
-        tensors = [tensors[one] if tensors else None for tensors in lists]
-        _check_codebook(codebooks[one])
-        _check_sizes(x, *tensors, out_features)
-        with on(x.device):
-            table = table_of(members, lists, x.device)
-            triton_grouped_linear(x, bounds, table, *tensors, codebooks[one], y, target_of(x.device))
+    if not y.numel() or not len(ranges):
+        return y
+    x, *scales = (
+        tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, suh, svh, bias)
+    )
+    ranges = ranges.to(torch.int32).contiguous()
+    with on(x.device):
+        triton_grouped_linear(x, ranges, trellis, *scales, codebook, y, target_of(x.device))
     return y
 
 
@@ -252,15 +247,3 @@ def check_devices(*tensors: torch.Tensor | None):
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the tensors of an EXL3 layer and its input are on different devices: {names}")
-
-
-def _check_sizes(x, trellis, suh, svh, bias, out_features):
-    sizes = (trellis.shape[0] * format.TILE, trellis.shape[1] * format.TILE)
-    if (format.padded(x.shape[-1]), suh.shape[0], svh.shape[0]) != (sizes[0], *sizes):
-        raise ValueError(
-            f"experts of {sizes} features do not fit an input of {x.shape[-1]} and scales of {suh.shape[0]} and "
-            f"{svh.shape[0]}"
-        )
-    if format.padded(out_features) != sizes[1] or (bias is not None and bias.shape[0] < out_features):
-        length = "none" if bias is None else bias.shape[0]
-        raise ValueError(f"experts of {sizes} features and a bias of {length} do not give {out_features} features")

@@ -61,11 +61,13 @@ def rotate(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def expert_of_row(bounds, rows, expert_count, EXPERTS: tl.constexpr):
-    """The expert of each of `rows`, `expert_count` where it is none's: `bounds` tells where the rows of each end."""
+def expert_of_row(ranges, rows, expert_count, EXPERTS: tl.constexpr):
+    """The expert of each of `rows` and whether there is one: `ranges` tells where the rows of each begin and end."""
     expert = tl.arange(0, EXPERTS)
-    ends = tl.load(bounds + expert + 1, mask=expert < expert_count, other=0x7FFFFFFF)
-    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1)
+    begins = tl.load(ranges + 2 * expert, mask=expert < expert_count, other=0)
+    ends = tl.load(ranges + 2 * expert + 1, mask=expert < expert_count, other=0)
+    is_of = ((begins[None, :] <= rows[:, None]) & (rows[:, None] < ends[None, :])).to(tl.int32)
+    return tl.sum(is_of * expert[None, :], axis=1), tl.sum(is_of, axis=1) != 0
 
 
 @triton.jit
@@ -84,13 +86,13 @@ def _rotate_input(
     operand,
     scales,
     counters,
-    bounds,
-    table,
+    ranges,
     row_count,
     in_features,
     features,
     span,
     x_stride,
+    suh_stride,
     counter_count,
     expert_count,
     ROWS: tl.constexpr,
@@ -101,10 +103,9 @@ def _rotate_input(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < row_count
     if EXPERTS:
-        expert = expert_of_row(bounds, rows, expert_count, EXPERTS)
-        address = tl.load(table + expert_count + expert, mask=expert < expert_count, other=0)
-        is_row &= address != 0
-        suh_of_rows = address.to(suh.dtype)[:, None]
+        expert, is_any = expert_of_row(ranges, rows, expert_count, EXPERTS)
+        is_row &= is_any
+        suh_of_rows = suh + (expert.to(tl.int64) * suh_stride)[:, None]
     else:
         suh_of_rows = suh + (rows * 0)[:, None]
     first = tl.program_id(1) * span
@@ -207,24 +208,21 @@ def rotate_input(
     terms: int = 1,
     order: str = "natural",
     counters: torch.Tensor | None = None,
-    bounds: torch.Tensor | None = None,
-    table: torch.Tensor | None = None,
+    ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Activations to the operands of the product with the inner matrix: `hadamard(pad(x) * suh)` apart from the scales.
 
     Args:
         x (`torch.Tensor`): `[rows, in_features]`, float32, float16 or bfloat16, contiguous in its last dimension.
-        suh (`torch.Tensor`): `[in]`, contiguous; with a table only the size and the dtype matter.
+        suh (`torch.Tensor`): `[in]`, or with experts `[experts, in]`, contiguous in its last dimension.
         by_block (`bool`): A scale for each block of 128 features, else one for each row.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): Of the operands.
         terms (`int`, *optional*, defaults to 1): Operand rows of each row, which are to be added up: 1 or 2.
         order (`str`, *optional*, defaults to `"natural"`): Of the features within each 64, see `decode_bands`.
         counters (`torch.Tensor`, *optional*): int32, contiguous, set to zero on the way.
-        bounds (`torch.Tensor`, *optional*): int32 `[experts + 1]`, with experts: the rows `bounds[e]` to `bounds[e + 1]` are
-            those of expert `e`. Nothing is computed for rows after the last.
-        table (`torch.Tensor`, *optional*): With experts, the addresses of their tensors, see `experts.table_of`. Nothing is
-            computed for rows of experts that are not in it.
+        ranges (`torch.Tensor`, *optional*): int32 `[experts, 2]`, contiguous, with experts: the rows `ranges[e, 0]` to
+            `ranges[e, 1]` are those of expert `e`. Nothing is computed for other rows.
 
     Returns:
         `tuple(torch.Tensor)`: The operands `[rows * terms, in]`, of magnitudes below 1, and what they are to be multiplied
@@ -241,19 +239,19 @@ def rotate_input(
         operand,
         scales,
         counters if counters is not None else scales,
-        bounds if bounds is not None else scales,
-        table if table is not None else scales,
+        ranges if ranges is not None else scales,
         rows,
         x.shape[1],
         features,
         span,
         x.stride(0),
+        0 if ranges is None else suh.stride(0),
         0 if counters is None else counters.numel(),
-        0 if bounds is None else bounds.shape[0] - 1,
+        0 if ranges is None else ranges.shape[0],
         ROWS=per_program,
         TERMS=terms,
         ORDER=order,
-        EXPERTS=0 if bounds is None else triton.next_power_of_2(bounds.shape[0] - 1),
+        EXPERTS=0 if ranges is None else triton.next_power_of_2(ranges.shape[0]),
         num_warps=warps,
         enable_fp_fusion=True,  # the default of Triton before 3.10
     )

@@ -48,27 +48,26 @@ _COLUMN_TILES = tl.constexpr(format.BLOCK // format.TILE)
 
 
 @triton.jit
-def _rows_of_tile(bounds, table, tile, expert_count, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """
-    The expert that tile number `tile` of up to `ROWS` rows of one expert belongs to, its first row and the end of its rows.
-    Experts that are not in the table have no tiles.
-    """
+def _rows_of_tile(ranges, tile, expert_count, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """The expert that tile number `tile` of up to `ROWS` rows of one expert belongs to, its first row and the end of its rows."""
     expert = tl.arange(0, EXPERTS)
-    is_here = tl.load(table + expert, mask=expert < expert_count, other=0) != 0
-    begins = tl.load(bounds + expert, mask=is_here, other=0)
-    ends = tl.load(bounds + expert + 1, mask=is_here, other=0)
+    begins = tl.load(ranges + 2 * expert, mask=expert < expert_count, other=0)
+    ends = tl.load(ranges + 2 * expert + 1, mask=expert < expert_count, other=0)
     tile_ends = tl.cumsum((ends - begins + ROWS - 1) // ROWS, axis=0)
     before = tile_ends <= tile
     mine = tl.sum(before.to(tl.int32), axis=0)
     is_any = mine < expert_count  # else there are fewer tiles
     mine = tl.where(is_any, mine, 0)
     first_tile = tl.max(tl.where(before, tile_ends, 0), axis=0)
-    end = tl.load(bounds + mine + 1)
-    return mine, tl.where(is_any, tl.load(bounds + mine) + (tile - first_tile) * ROWS, end), end
+    end = tl.load(ranges + 2 * mine + 1)
+    return mine, tl.where(is_any, tl.load(ranges + 2 * mine) + (tile - first_tile) * ROWS, end), end
 
 
 @triton.jit(
-    do_not_specialize=["in_stride", "out_stride", "operand_rows", "row_count", "split_blocks", "expert_count"],
+    do_not_specialize=[
+        *("in_stride", "out_stride", "operand_rows", "row_count", "split_blocks", "expert_count"),
+        *("trellis_stride", "svh_stride", "bias_stride"),
+    ],
     do_not_specialize_on_alignment=["trellis"],
 )
 def _product(
@@ -80,8 +79,7 @@ def _product(
     svh,
     bias,
     y,
-    bounds,
-    table,
+    ranges,
     operand_rows,
     row_count,
     blocks,
@@ -91,6 +89,9 @@ def _product(
     y_stride,
     split_blocks,
     expert_count,
+    trellis_stride,
+    svh_stride,
+    bias_stride,
     K2: tl.constexpr,
     CODEBOOK: tl.constexpr,
     PTX: tl.constexpr,
@@ -107,12 +108,12 @@ def _product(
     end = tl.minimum(first + split_blocks, blocks)
 
     if EXPERTS:
-        expert, begin, row_end = _rows_of_tile(bounds, table, row_tile, expert_count, EXPERTS, OPERAND_ROWS // TERMS)
+        expert, begin, row_end = _rows_of_tile(ranges, row_tile, expert_count, EXPERTS, OPERAND_ROWS // TERMS)
         if begin >= row_end:
             return
-        trellis = tl.load(table + expert).to(trellis.dtype)
-        svh = tl.load(table + 2 * expert_count + expert).to(svh.dtype)
-        bias = tl.load(table + 3 * expert_count + expert).to(bias.dtype)
+        trellis += expert.to(tl.int64) * trellis_stride
+        svh += expert.to(tl.int64) * svh_stride
+        bias += expert.to(tl.int64) * bias_stride
     else:
         begin, row_end = row_tile * (OPERAND_ROWS // TERMS), row_count
     trellis += first.to(tl.int64) * 8 * in_stride + column.to(tl.int64) * _COLUMN_TILES * out_stride
@@ -257,8 +258,7 @@ def linear(
 
 def grouped_linear(
     x: torch.Tensor,
-    bounds: torch.Tensor,
-    table: torch.Tensor,
+    ranges: torch.Tensor,
     trellis: torch.Tensor,
     suh: torch.Tensor,
     svh: torch.Tensor,
@@ -273,12 +273,10 @@ def grouped_linear(
 
     Args:
         x (`torch.Tensor`): `[rows, in_features]`, the rows of one expert next to each other, as in `linear` otherwise.
-        bounds (`torch.Tensor`): int32 `[experts + 1]`: rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`.
-        table (`torch.Tensor`): int64 `[4, experts]`, the addresses of the experts' tensors, see `experts.table_of`.
-        trellis, suh, svh, bias (`torch.Tensor`): Of one of these experts, as in `linear`. All in the table have the shapes,
-            strides and dtypes of these.
+        ranges (`torch.Tensor`): int32 `[experts, 2]`, contiguous: rows `ranges[e, 0]` to `ranges[e, 1]` are those of expert `e`.
+        trellis, suh, svh, bias (`torch.Tensor`): As in `linear`, with a first dimension for the experts, of any stride.
         codebook (`str`): One of `format.CODEBOOKS`.
-        y (`torch.Tensor`): `[rows, out_features]`, the result. Rows that are not of an expert in the table are left alone.
+        y (`torch.Tensor`): `[rows, out_features]`, the result. Rows that are of no expert are left alone.
         target (`Target`): The device that the tensors are on, one that `row_tiles` has something for.
     """
     tiles = row_tiles(target)
@@ -286,25 +284,25 @@ def grouped_linear(
     for start in range(0, x.shape[0], GROUPED_ROWS):
         part = slice(start, start + GROUPED_ROWS)
         rows = x[part]
-        options = choose(min(triton.cdiv(rows.shape[0], table.shape[1]) * terms, max(tiles)), target, codebook, True)
-        part_bounds = bounds if rows.shape[0] == x.shape[0] else (bounds - start).clamp(0, rows.shape[0])
-        _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_bounds, table)
+        options = choose(min(triton.cdiv(rows.shape[0], len(ranges)) * terms, max(tiles)), target, codebook, True)
+        part_ranges = ranges if rows.shape[0] == x.shape[0] else (ranges - start).clamp(0, rows.shape[0])
+        _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_ranges)
 
 
-def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, bounds=None, table=None):
+def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, ranges=None):
     words = as_words(trellis)
-    rows, blocks, columns = x.shape[0], suh.shape[0] // format.BLOCK, svh.shape[0] // format.BLOCK
-    experts = 0 if bounds is None else bounds.shape[0] - 1
+    rows, blocks, columns = x.shape[0], suh.shape[-1] // format.BLOCK, svh.shape[-1] // format.BLOCK
+    experts = 0 if ranges is None else len(ranges)
     tile_rows = options.operand_rows // terms
-    tiles = triton.cdiv(rows, tile_rows) if bounds is None else min(rows, experts + rows // tile_rows)
+    tiles = triton.cdiv(rows, tile_rows) if ranges is None else min(rows, experts + rows // tile_rows)
     splits = max(1, min(blocks, PROGRAMS_PER_PROCESSOR * target.processors // (columns * tiles)))
     split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     counters = x.new_empty(tiles * columns, dtype=torch.int32)
     operand, scales = rotate_input(
-        x, suh, by_block=True, terms=terms, order=options.order, counters=counters, bounds=bounds, table=table
+        x, suh, by_block=True, terms=terms, order=options.order, counters=counters, ranges=ranges
     )
-    partial = x.new_empty(splits, rows * terms, svh.shape[0], dtype=torch.float32)
+    partial = x.new_empty(splits, rows * terms, svh.shape[-1], dtype=torch.float32)
     _product[(columns, splits, tiles)](
         operand,
         scales,
@@ -314,18 +312,20 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, b
         svh,
         svh if bias is None else bias,
         y,
-        counters if bounds is None else bounds,
-        counters if table is None else table,
+        counters if ranges is None else ranges,
         rows * terms,
         rows,
         blocks,
         y.shape[1],
-        words.stride(0),
-        words.stride(1),
+        words.stride(-3),
+        words.stride(-2),
         y.stride(0),
         split_blocks,
         experts,
-        K2=words.shape[2] // 4,
+        words.stride(0) if experts else 0,
+        svh.stride(0) if experts else 0,
+        bias.stride(0) if experts and bias is not None else 0,
+        K2=words.shape[-1] // 4,
         CODEBOOK=codebook,
         PTX=target.ptx,
         ORDER=options.order,
