@@ -27,8 +27,10 @@ from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.kernels import cpu
 from transformers.integrations.exl3.modules import (
     Exl3Embedding,
+    Exl3Experts,
     Exl3Linear,
     Exl3Module,
+    Exl3Projection,
     Exl3SlicedLinear,
     Exl3SplitLinear,
 )
@@ -189,6 +191,14 @@ class Exl3ModulesTest(unittest.TestCase):
         self.assertLess(error(alone, plain(x, only, weights[:, :1])), 1e-5)
         self.assertLess(error(module(x[3:4], only[3:4], weights[3:4, :1]), alone[3:4]), 1e-5)
         self.assertEqual(module(x[:0], index[:0], weights[:0]).shape, (0, hidden))
+
+    def test_the_number_of_modules_and_tensors_is_that_of_kinds_and_not_of_experts(self):
+        layer, other = (random_linear(128, 128, bits=bits)[0] for bits in (2, 3))
+        for count in (4, 64):
+            for experts, kinds in (([layer] * count, 1), ([layer] * (count - 1) + [other], 2)):
+                module = Exl3Experts({role: Exl3Projection(128, 128, experts) for role in ("up", "down")}, nn.Module())
+                self.assertEqual(len(list(module.modules())), 1 + 2 * (1 + kinds))
+                self.assertEqual(len(list(module.parameters())), 2 * 3 * kinds)
 
     def test_embedding(self):
         signs = torch.randn(2, 256).sign().half()
