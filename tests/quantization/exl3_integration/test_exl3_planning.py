@@ -15,6 +15,8 @@
 
 import ast
 import inspect
+import json
+import os
 import tempfile
 import textwrap
 import unittest
@@ -133,3 +135,96 @@ class Exl3ConversionsThatReadTheModelTest(unittest.TestCase):
                 expected, result = parameter.detach(), plain.get_parameter(name).detach()
                 error = (result - expected).pow(2).mean() / expected.pow(2).mean()
                 self.assertLess(float(error), 1e-3, f"{path}.{name}")
+
+
+# Of architectures that have such, the linear layers that stay as they are; all others are quantized, but for the head.
+MLA = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
+ONE_KIND = {**ONE_LAYER, "head_dim": 32}
+DELTA = {"layer_types": ["linear_attention"], "linear_num_value_heads": 4, "linear_key_head_dim": 32}
+DELTA |= {"linear_num_key_heads": 4, "linear_value_head_dim": 32}
+SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+SIGLIP2 |= {"num_attention_heads": 2, "patch_size": 16, "num_patches": 16, "vision_use_head": False}
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+PIXTRAL |= {"num_attention_heads": 2, "head_dim": 32, "image_size": 56, "patch_size": 14}
+PLAIN_LAYERS = {
+    "llama": (ONE_KIND, set()),
+    "gemma4_text": (
+        {**ONE_KIND, **EXPERTS, "top_k_experts": 1, "enable_moe_block": True, "hidden_size_per_layer_input": 0},
+        {"router.proj"},
+    ),
+    "laguna": ({**ONE_KIND, **EXPERTS, "gating": "per-head"}, {"self_attn.g_proj"}),
+    "olmo_hybrid": (
+        {
+            **ONE_KIND,
+            **DELTA,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        {"linear_attn.a_proj", "linear_attn.b_proj"},
+    ),
+    "qwen3_next": (
+        {**ONE_KIND, **EXPERTS, **DELTA, "shared_expert_intermediate_size": 64},
+        {"linear_attn.in_proj_ba", "mlp.shared_expert_gate"},
+    ),
+    "kimi_linear": (
+        {**ONE_LAYER, **MLA, **EXPERTS, **DELTA, "mlp_layer_types": ["dense"], "linear_num_heads": 4}
+        | {"linear_head_dim": 32, "num_key_value_heads": 4},
+        {f"self_attn.{name}" for name in ("b_proj", "g_a_proj", "g_b_proj")}
+        | {f"self_attn.forget_gate.{name}" for name in ("f_a_proj", "f_b_proj")},
+    ),
+    "glm_moe_dsa": (
+        {**ONE_LAYER, **MLA, "num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1}
+        | {"moe_intermediate_size": 64, "mlp_layer_types": ["dense"], "index_head_dim": 32, "index_n_heads": 2},
+        {"self_attn.kv_b_proj", "self_attn.indexer.wk", "self_attn.indexer.weights_proj"},
+    ),
+    "lfm2_vl": (
+        {
+            "text_config": {**ONE_LAYER, "model_type": "lfm2", "layer_types": ["conv"]},
+            "vision_config": SIGLIP2,
+            "projector_hidden_size": 96,
+        },
+        {"vision_tower.embeddings.patch_embedding"},
+    ),
+    "mistral3": (
+        {"text_config": {**ONE_KIND, "model_type": "mistral"}, "vision_config": PIXTRAL},
+        {"multi_modal_projector.patch_merger.merging_layer"},
+    ),
+}
+
+
+@require_torch
+@require_accelerate
+class Exl3PlainLayersTest(unittest.TestCase):
+    @parameterized.expand(sorted(PLAIN_LAYERS))
+    def test_layers_that_decide_much_with_few_weights_stay(self, architecture):
+        fields, expected = PLAIN_LAYERS[architecture]
+        auto_class = AutoModelForImageTextToText if "vision_config" in fields else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto_class.from_config(AutoConfig.for_model(architecture, **fields))
+        linear = {path for path, module in model.named_modules() if type(module) is torch.nn.Linear}
+        _, plan = planned(model)
+        left = {path for path in linear if path not in plan.modules and path != "lm_head"}
+        self.assertEqual({path.rpartition("layers.0.")[2].removeprefix("model.") for path in left}, expected)
+
+
+@require_torch
+@require_accelerate
+class Exl3SavedConfigTest(unittest.TestCase):
+    @parameterized.expand([("nested", "qwen3_vl_moe", QWEN_VL), ("flat", "qwen3_moe", {**ONE_KIND, **EXPERTS})])
+    def test_fields_are_there_under_older_names_too(self, _, architecture, fields):
+        """Other programs know `num_local_experts` of these as `num_experts`."""
+        auto_class = AutoModelForImageTextToText if "vision_config" in fields else AutoModelForCausalLM
+        model = auto_class.from_config(AutoConfig.for_model(architecture, **fields))
+        skip = ["mlp", "visual"] if "vision_config" in fields else ["mlp"]
+        config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=skip)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            quantized = auto_class.from_pretrained(folder, quantization_config=config)
+            quantized.save_pretrained(folder)
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+                content = json.load(file)
+            loaded = AutoConfig.from_pretrained(folder)
+        text = content.get("text_config", content)
+        self.assertEqual((text["num_experts"], text["num_local_experts"]), (2, 2))
+        self.assertEqual(loaded.get_text_config().to_dict(), quantized.config.get_text_config().to_dict())

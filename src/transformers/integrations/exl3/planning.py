@@ -41,24 +41,11 @@ from .modules import (
     Exl3SplitLinear,
     Exl3TiedHead,
 )
+from .plain_layers import stays_plain
 from .selection import selected
 
 
 logger = logging.get_logger(__name__)
-
-# What the format's converters leave as it is beside embeddings and norms: routers, the gates and low-rank projections that
-# decide much with few weights, and what models read the weights of themselves (MLA's `kv_b_proj`, Mamba's `dt_proj`).
-KEPT_PLAIN = (
-    "gate",
-    "router",
-    "shared_expert_gate",
-    "kv_b_proj",
-    "in_proj_a",
-    "in_proj_b",
-    "in_proj_ba",
-    "weights_proj",
-    "dt_proj",
-)
 
 
 class Plan:
@@ -91,12 +78,12 @@ class Plan:
         self.tied_heads: dict[str, str] = {}
         self._paths = dict(model.named_modules())
         self._expert_names = self._names_of_projections()
-        sizes, head, left = {}, self._head(), []
+        sizes, head, left, plain = {}, self._head(), [], stays_plain(model, self._paths)
         own = config.modules_to_not_convert or []
         for path, module in self._paths.items():
             if path != head and not should_convert_module(path, skip):
                 continue
-            if is_experts(module) or (is_linear(module) and path.rpartition(".")[2] not in KEPT_PLAIN):
+            if is_experts(module) or (is_linear(module) and path not in plain):
                 if path != head:
                     sizes[path] = self._sizes(path)
             elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) and hasattr(

@@ -27,8 +27,9 @@ from collections.abc import Callable
 
 import torch
 
+from ...configuration_utils import PreTrainedConfig
 from ...modeling_utils import PreTrainedModel, _add_variant
-from ...utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from ...utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import format
 from .checkpoint import read_checkpoint, read_header
 from .modules import Exl3Linear, Exl3Module
@@ -124,6 +125,7 @@ def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
         if is_writer:
             if not getattr(model, "_hf_peft_config_loaded", False):
                 _write_tensor_storage(model, unfinished)
+                _write_older_names(model.config, unfinished)
             _move(unfinished, folder, arguments["variant"])
     finally:
         model.config.distributed_config = asked
@@ -140,6 +142,29 @@ def _write_tensor_storage(model: PreTrainedModel, folder: str):
     storage = {"tensor_storage": tensor_storage(files)}
     with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
         json.dump(model.config.quantization_config.to_dict() | storage, file, indent=4)
+
+
+def _write_older_names(config: PreTrainedConfig, folder: str):
+    """
+    Have config.json in `folder` hold fields under the older names, too, that the class of `config` knows for them: other
+    programs read a checkpoint by these.
+    """
+
+    def add(config: PreTrainedConfig, content: dict):
+        for older, name in config.attribute_map.items():
+            if name in content:
+                content.setdefault(older, content[name])
+        for name in config.sub_configs:
+            if isinstance(content.get(name), dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
+                add(getattr(config, name), content[name])
+
+    path = os.path.join(folder, CONFIG_NAME)
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    add(config, content)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
 
 
 @contextlib.contextmanager
