@@ -11,11 +11,12 @@ PATCHED = setup.py src tests/quantization
 KERNELS = src/transformers/integrations/exl3/kernels/cpu
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
-.PHONY: help test test-slow sanitize fuzz check-upstreams watch-upstream demo lint style export refresh clean
+.PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
 	@echo "make test-slow              run all tests, the slow ones too"
+	@echo "make conformance            hold checkpoints of all architectures against exllamav3's own code"
 	@echo "make sanitize               test the compiled kernels under the sanitizers"
 	@echo "make fuzz [SECONDS=...]     call them with random arguments, under the sanitizers"
 	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
@@ -56,6 +57,15 @@ test: refresh
 
 test-slow: $(VENV)/.slow refresh
 	RUN_SLOW=1 $(BIN)/python -m pytest -q
+
+# exllamav3 without its compiled extension, which a CPU cannot run, and what its Python needs.
+$(VENV)/.conformance: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps exllamav3==1.6.5
+	$(BIN)/pip install -q marisa-trie llguidance pydantic ninja pillow
+	@touch $@
+
+conformance: $(VENV)/.conformance refresh
+	RUN_SLOW=1 $(BIN)/python -m pytest -q -s tests/quantization/exl3_integration/conformance
 
 # The compiled kernels with the sanitizers of addresses and of undefined behaviour; leaks are Python's own.
 build/sanitized: refresh

@@ -1,0 +1,61 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""All architectures that exllamav3 and Transformers both have, held against exllamav3's own code; see `__main__.py`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+from parameterized import parameterized
+
+from transformers.testing_utils import require_accelerate, require_torch, slow
+
+from .architectures import NOT_HELD, ROWS
+
+
+@slow
+@require_torch
+@require_accelerate
+@unittest.skipUnless(importlib.util.find_spec("exllamav3"), "test requires exllamav3 (`make conformance` installs it)")
+class Exl3ConformanceTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        # In a process of its own: a stub takes the place of exllamav3's compiled extension there.
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "found.json")
+            command = [sys.executable, "-m", __package__, "--json", path]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not os.path.isfile(path):
+                raise RuntimeError(f"The comparison came to no end:\n{done.stderr[-4000:]}")
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+        print(done.stdout)
+        cls.known = set(found["known"])
+        cls.cases = {case["architecture"]: case for case in found["cases"]}
+
+    @parameterized.expand([row.architecture for row in ROWS])
+    def test_architectures(self, architecture):
+        self.assertEqual(self.cases[architecture]["problems"], [])
+
+    def test_each_architecture_that_both_have_is_in_a_row(self):
+        rows = {row.architecture for row in ROWS}
+        self.assertEqual(self.known - rows - NOT_HELD.keys(), set(), "in no row of architectures.py")
+        self.assertEqual(
+            NOT_HELD.keys() - self.known | NOT_HELD.keys() & rows, set(), "not held, and it is or cannot be"
+        )
+        self.assertEqual(len(rows), len(ROWS), "an architecture has several rows")
