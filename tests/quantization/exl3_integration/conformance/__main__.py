@@ -134,9 +134,8 @@ class Case:
         torch.manual_seed(0)
         model = self.kind(self.kind.config_class(**copy.deepcopy(self.row.fields))).float().eval()
         generator = torch.Generator().manual_seed(0)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or (name.endswith("inv_freq")):
-                continue
+        biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("bias")]
+        for name, tensor in [*model.named_parameters(), *biases]:  # other buffers are constants
             drawn = torch.randn(tensor.shape, generator=generator)
             wide = tensor.dim() > 1 and "embed" not in name
             value = drawn / tensor.shape[-1] ** 0.5 if wide else drawn if tensor.dim() > 1 else tensor + 0.1 * drawn
