@@ -148,10 +148,10 @@ class Case:
         if self.row.config:
             self.row.config(self.config)
         rename = self.row.names or (lambda name: name)
-        tensors = exllamav3.read_folder(self.path("saved")).items()
-        self.write(
-            "source", {rename(name): t.bfloat16() if t.is_floating_point() else t for name, t in tensors}, self.config
-        )
+        constants = {name for name, _ in model.named_buffers()} - {name for name, _ in biases}
+        tensors = exllamav3.read_folder(self.path("saved"))
+        halved = {name: t.bfloat16() for name, t in tensors.items() if t.is_floating_point() and name not in constants}
+        self.write("source", {rename(name): tensor for name, tensor in (tensors | halved).items()}, self.config)
 
     def write(self, name: str, tensors: dict[str, torch.Tensor], config: dict):
         os.makedirs(self.path(name))

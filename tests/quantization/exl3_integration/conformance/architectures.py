@@ -23,8 +23,11 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
 MLA = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
 DELTA = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
-DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 32}
-DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
+DELTA |= {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6], "mrope_interleaved": True}
 PARTIAL = MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
 GLM_ROPE = {name: value for name, value in PARTIAL.items() if name != "mrope_interleaved"}
@@ -215,7 +218,7 @@ ROWS = [
     Row("Qwen3MoeForCausalLM", text(head_dim=32, **MOE, norm_topk_prob=True), sets(num_experts=4)),
     Row(
         "Qwen3NextForCausalLM",
-        text(shared_expert_intermediate_size=64, **MOE, **DELTA, norm_topk_prob=True),
+        text(shared_expert_intermediate_size=64, head_dim=32, **MOE, **DELTA, norm_topk_prob=True),
         sets(num_experts=4, full_attention_interval=2),
     ),
     Row("SeedOssForCausalLM", text(head_dim=32)),
@@ -275,25 +278,29 @@ ROWS = [
     ),
     Row(
         "Qwen3_5ForConditionalGeneration",
-        {"text_config": text(rope_parameters=PARTIAL, **DELTA), "vision_config": QWEN3_TOWER, **QWEN_TOKENS},
+        {
+            "text_config": text(rope_parameters=PARTIAL, head_dim=32, **DELTA),
+            "vision_config": QWEN3_TOWER,
+            **QWEN_TOKENS,
+        },
         sets(vision__deepstack_visual_indexes=[]),
         processor=QWEN,
     ),
     Row(
         "Qwen3_5MoeForConditionalGeneration",
-        {"text_config": text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, **MOE, **DELTA)}
+        {"text_config": text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, head_dim=32, **MOE, **DELTA)}
         | {"vision_config": QWEN3_TOWER, **QWEN_TOKENS},
         sets(text__num_experts=4, vision__deepstack_visual_indexes=[]),
         processor=QWEN,
     ),
     Row(
         "Qwen3_5ForCausalLM",
-        text(rope_parameters=PARTIAL, **DELTA),
+        text(rope_parameters=PARTIAL, head_dim=32, **DELTA),
         names=lambda name: re.sub(r"^model\.", "model.language_model.", name),
     ),
     Row(
         "Qwen3_5MoeForCausalLM",
-        text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, **MOE, **DELTA),
+        text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, head_dim=32, **MOE, **DELTA),
         sets(num_experts=4),
         names=lambda name: re.sub(r"^model\.", "model.language_model.", name),
     ),
