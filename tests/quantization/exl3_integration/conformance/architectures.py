@@ -327,9 +327,7 @@ ROWS = [
     ),
     Row(
         "OlmoHybridForCausalLM",
-        text(
-            num_key_value_heads=4, **DELTA | {"linear_num_key_heads": 4, "linear_value_head_dim": 64, "head_dim": None}
-        ),
+        text(num_key_value_heads=4, **DELTA | {"linear_num_key_heads": 4, "linear_value_head_dim": 64}),
         names=lambda name: name.replace("attention_layer_norm", "input_layernorm").replace(
             "feedforward_layer_norm", "post_attention_layernorm"
         ),
