@@ -150,6 +150,8 @@ class Case:
         rename = self.row.names or (lambda name: name)
         constants = {name for name, _ in model.named_buffers()} - {name for name, _ in biases}
         tensors = exllamav3.read_folder(self.path("saved"))
+        turned = [name for name in tensors if self.row.transposed and re.search(self.row.transposed, name)]
+        tensors |= {name: tensors[name].mT.contiguous() for name in turned}
         halved = {name: t.bfloat16() for name, t in tensors.items() if t.is_floating_point() and name not in constants}
         self.write("source", {rename(name): tensor for name, tensor in (tensors | halved).items()}, self.config)
 
@@ -194,8 +196,9 @@ class Case:
         extra = new.keys() - old.keys()
         lost = {name for name in old.keys() - new.keys() if name.rpartition(".")[0] in self.conversion.of_text}
         changed = {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
-        wrong = in_short(extra | lost | changed)
-        self.note("saved again", f"other names or bytes: {wrong[:8]}" if wrong else "")
+        listed = {name for name in extra | lost if self.row.differs and re.search(self.row.differs, name)}
+        wrong = in_short((extra | lost | changed) - listed)
+        self.note("saved again", f"other names or bytes: {wrong[:8]}" if wrong else "", listed and self.row.why)
         again = self.load("resaved")
         if difference(again(**_inputs).logits, quantized(**_inputs).logits) > TOLERANCE:
             self.note("saved again", "loads as another model")
@@ -234,9 +237,11 @@ class Case:
             self.note("exllamav3 reads it", "" if self.row.unreadable else text, f"no: {self.row.unreadable}")
             return
         problems += [f"not read as quantized: {in_short(ours - read)[:8]}"] if ours - read else []
-        if self.row.unreadable and not problems:
-            problems = ["it does, and the row says that it does not"]
-        self.note("exllamav3 reads it", "; ".join(problems)[:500])
+        if self.row.unreadable:
+            problems = [] if problems else ["it does, and the row says that it does not"]
+        self.note(
+            "exllamav3 reads it", "; ".join(problems)[:500], self.row.unreadable and f"no: {self.row.unreadable}"
+        )
 
 
 def _untied(config):

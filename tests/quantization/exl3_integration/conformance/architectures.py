@@ -94,6 +94,7 @@ class Row:
         fields (`dict`): Of its config.
         config (`Callable`, *optional*): Gives config.json, changed in place, what exllamav3 reads and Transformers 5 writes otherwise.
         names (`Callable`, *optional*): From a name that Transformers 5 saves to the one that the Hub's files have.
+        transposed (`str`, *optional*): Pattern for tensors that the Hub's files have transposed.
         processor (`dict`, *optional*): Contents of preprocessor_config.json.
         vision_bits (`int`, *optional*): Of exllamav3's converter; its default where not given.
         lost (`str`, *optional*): Pattern for tensors that the converter drops; they are zero then, with a warning.
@@ -107,6 +108,7 @@ class Row:
     fields: dict
     config: Callable[[dict], None] | None = None
     names: Callable[[str], str] | None = None
+    transposed: str | None = None
     processor: dict = field(default_factory=dict)
     vision_bits: int | None = None
     lost: str | None = None
@@ -270,9 +272,15 @@ ROWS = [
     ),
     Row(
         "Qwen3VLMoeForConditionalGeneration",
-        {"text_config": text(head_dim=32, rope_parameters=MROPE, **MOE, norm_topk_prob=True), **QWEN_TOKENS}
+        {
+            "text_config": text(
+                head_dim=32, rope_parameters=MROPE, **MOE | {"moe_intermediate_size": 96}, norm_topk_prob=True
+            ),
+            **QWEN_TOKENS,
+        }
         | {"vision_config": QWEN3_TOWER | {"deepstack_visual_indexes": [0]}},
         sets(text__num_experts=4, vision__model_type="qwen3_vl_moe"),
+        transposed=r"experts\.(gate_up|down)_proj",
         processor=QWEN,
         unreadable=OLD_TOWER,
     ),
