@@ -24,7 +24,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | ops                                            | the operators of torch.library, and the choice of what computes them   |
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
-| restoring                                      | what checkpoints lack                                                  |
+| restoring, plain_layers                        | what checkpoints lack; which layers are not quantized on the fly       |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | the operations on load, writing, several processes                     |
 
