@@ -31,6 +31,7 @@ The files from the ground up. A file imports from the lines above its own, never
 `quantizers/quantizer_exl3.py` is policy: it asks these in the order of upstream's loading.
 """
 
+from . import saving  # lets `save_pretrained` know quantized models
 from .loading import replace_with_exl3_modules
 from .modules import Exl3Linear, separate_experts
 
