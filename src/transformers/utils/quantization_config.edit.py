@@ -25,8 +25,8 @@ class Exl3Config(QuantizationConfigMixin):
             matrix of its own.
         embedding_bits (`int`, *optional*):
             Bits per element of the input embeddings, from 1 to 8, or 16 for not quantized. Unset, they stay as they are
-            when a model is quantized. A head that is tied to them becomes a matrix of its own, whose `head_bits` have to
-            be set then.
+            when a model is quantized. A head that is tied to them becomes a matrix of its own if `head_bits` is set.
+            Otherwise it stays tied, is not saved, and is decoded from them when the model is loaded, into the float dtype.
         codebook (`str`, *optional*, defaults to `"mul1"`):
             What states decode to: `"mul1"`, `"mcg"` or `"3inst"`. In checkpoints each layer has its own, whatever
             stands here.
