@@ -189,14 +189,14 @@ def unpack_embedding_states(rings: torch.Tensor) -> torch.Tensor:
     element is its own symbol in the lowest bits with the symbols of the elements before it above.
     """
     bits = rings.shape[-1] // 16
-    bit = (rings.to(torch.int32).unsqueeze(-1) >> torch.arange(16, device=rings.device)) & 1
-    symbols = (bit.flatten(-2).unflatten(-1, (EMBEDDING_GROUP, bits)) << torch.arange(bits, device=rings.device)).sum(
-        -1
-    )
-    states = torch.zeros_like(symbols)
-    for back in range(-(-STATE_BITS // bits)):
-        states |= symbols.roll(back, -1) << (back * bits)
-    return (states & 0xFFFF).to(torch.int32)
+    starts = torch.arange(EMBEDDING_GROUP, device=rings.device) * bits
+    words = rings.to(torch.int32) & 0xFFFF
+    first = starts >> 4
+    pair = words[..., first] | (words[..., (first + 1) % words.shape[-1]] << 16)
+    states = symbols = (pair >> (starts & 15).to(torch.int32)) & ((1 << bits) - 1)
+    for back in range(1, -(-STATE_BITS // bits)):
+        states = states | (symbols.roll(back, -1) << (back * bits))
+    return states & 0xFFFF
 
 
 def pack_embedding_states(states: torch.Tensor, bits: int) -> torch.Tensor:

@@ -38,6 +38,9 @@ from torch import nn
 from . import format, ops
 
 
+EMBEDDING_STRIP_ELEMENTS = 1 << 16  # of a table that are decoded at a time, all of whose intermediates a cache holds
+
+
 def _with_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
     """A copy of `module` that shares all but its own parameters, which are `values`."""
     module = copy.copy(module)
@@ -786,7 +789,7 @@ class Exl3Embedding(Exl3Module):
     def decode_into(self, weight: torch.Tensor) -> torch.Tensor:
         """Write the whole table to `weight` `[num_embeddings, embedding_dim]`, of any floating dtype, and return that."""
         trellis, signs = whole(self.trellis).view(torch.int16), whole(self.signs)
-        rows = max(ops.STRIP_ELEMENTS // self.signs.numel() // 8, 1)  # their states are made of single bits
+        rows = max(EMBEDDING_STRIP_ELEMENTS // signs.numel(), 1)
         for start in range(0, self.num_embeddings, rows):
             stop = min(start + rows, self.num_embeddings)
             ids = torch.arange(start, stop, device=self.device)
