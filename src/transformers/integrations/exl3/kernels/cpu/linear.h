@@ -121,8 +121,8 @@ struct Linear {
     for (int i = 0; i < BLOCK; ++i) {
       int32_t* place = to + i / TILE * parts * TILE + i % TILE;
       int8_t low = int8_t(rounded[i]);
-      if (parts == 2) place[TILE] = uint8_t(low) * 0x01010101;
-      place[0] = uint8_t(parts == 2 ? (rounded[i] - low) / 256 : low) * 0x01010101;
+      if (parts == 2) place[TILE] = uint8_t(low) * 0x01010101u;
+      place[0] = uint8_t(parts == 2 ? (rounded[i] - low) / 256 : low) * 0x01010101u;
     }
   }
 
