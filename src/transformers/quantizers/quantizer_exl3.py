@@ -199,12 +199,12 @@ class Exl3HfQuantizer(HfQuantizer):
         return 0 if is_placeholder else param.element_size()
 
     def get_quantize_ops(self):
-        from ..integrations.exl3.loading import Exl3Quantize
+        from ..integrations.exl3.quantizing import Exl3Quantize
 
         return Exl3Quantize(self)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs):
-        from ..integrations.exl3.loading import finish_modules
+        from ..integrations.exl3.quantizing import finish_modules
         from ..integrations.exl3.restoring import restore
 
         finish_modules(model, self.progress)
@@ -216,7 +216,7 @@ class Exl3HfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None):
-        from ..integrations.exl3.loading import dequantize_modules
+        from ..integrations.exl3.quantizing import dequantize_modules
 
         # Saving leaves the config's dtype as a string.
         dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from transformers.integrations.exl3 import format
+from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.hadamard import hadamard
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Projection
+from transformers.integrations.exl3.modules import Exl3Linear
 
 
 def save_quantized(model, folder: str, match: str = ""):

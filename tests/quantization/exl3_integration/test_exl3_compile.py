@@ -23,7 +23,7 @@ from torch._dynamo import lookup_backend
 from torch.export import Dim, export
 
 from transformers import CompileConfig, Exl3Config
-from transformers.integrations.exl3.modules import Exl3Experts
+from transformers.integrations.exl3.experts import Exl3Experts
 from transformers.testing_utils import require_accelerate, require_peft, require_torch, slow
 from transformers.utils import is_peft_available
 

@@ -32,7 +32,8 @@ from transformers import (
     MiniMaxM2Config,
     OlmoHybridConfig,
 )
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear
+from transformers.integrations.exl3.experts import Exl3Experts
+from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.testing_utils import require_accelerate, require_torch
 

@@ -163,9 +163,9 @@ if __name__ == "__main__":
     sys.exit()
 
 
-from transformers.integrations.exl3.loading import dequantize_modules  # noqa: E402
 from transformers.integrations.exl3.modules import Exl3Linear  # noqa: E402
 from transformers.integrations.exl3.parallel import adapt_expert_plan, adapt_tensor_plan  # noqa: E402
+from transformers.integrations.exl3.quantizing import dequantize_modules  # noqa: E402
 from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer  # noqa: E402
 
 from .synthetic import SyntheticCheckpoint, random_linear, read_tensors, stacked  # noqa: E402

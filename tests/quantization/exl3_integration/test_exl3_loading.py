@@ -22,14 +22,9 @@ from parameterized import parameterized
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Exl3Config, LlamaForCausalLM
 from transformers.integrations.exl3 import format, ops
-from transformers.integrations.exl3.modules import (
-    Exl3Embedding,
-    Exl3Experts,
-    Exl3Linear,
-    Exl3Module,
-    Exl3SlicedLinear,
-    Exl3SplitLinear,
-)
+from transformers.integrations.exl3.embeddings import Exl3Embedding
+from transformers.integrations.exl3.experts import Exl3Experts
+from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
 from transformers.testing_utils import require_accelerate, require_torch
 
 from .synthetic import SyntheticCheckpoint, random_linear, read_tensors

@@ -24,16 +24,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.embeddings import Exl3Embedding
+from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels import cpu
-from transformers.integrations.exl3.modules import (
-    Exl3Embedding,
-    Exl3Experts,
-    Exl3Linear,
-    Exl3Module,
-    Exl3Projection,
-    Exl3SlicedLinear,
-    Exl3SplitLinear,
-)
+from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.testing_utils import require_torch
 

@@ -35,14 +35,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.integrations.exl3 import format, separate_experts
-from transformers.integrations.exl3.modules import (
-    Exl3Embedding,
-    Exl3Experts,
-    Exl3Linear,
-    Exl3Module,
-    Exl3SplitLinear,
-    Exl3TiedHead,
-)
+from transformers.integrations.exl3.embeddings import Exl3Embedding, Exl3TiedHead
+from transformers.integrations.exl3.experts import Exl3Experts
+from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module, Exl3SplitLinear
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 

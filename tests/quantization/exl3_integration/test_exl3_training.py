@@ -22,7 +22,8 @@ from parameterized import parameterized
 
 from transformers import AutoModelForCausalLM, Exl3Config, Trainer, TrainingArguments
 from transformers.integrations.exl3 import separate_experts
-from transformers.integrations.exl3.modules import DequantizedWeight, Exl3Experts, Exl3Linear
+from transformers.integrations.exl3.experts import Exl3Experts
+from transformers.integrations.exl3.modules import DequantizedWeight, Exl3Linear
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.testing_utils import require_accelerate, require_peft, require_torch
 from transformers.utils import is_peft_available

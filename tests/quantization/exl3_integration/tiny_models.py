@@ -99,7 +99,13 @@ def _configs():
     yield "phi3", AutoModelForCausalLM, Phi3Config(**ONE_LAYER)
     yield "glm4", AutoModelForCausalLM, Glm4Config(**ONE_LAYER, head_dim=32)
     nemotron = {"layers_block_type": ["attention", "moe"], "n_routed_experts": 4, "num_experts_per_tok": 2}
-    nemotron |= {"moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64, "head_dim": 32, "n_group": 1}
+    nemotron |= {
+        "mamba_num_heads": 4,
+        "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 64,
+        "head_dim": 32,
+        "n_group": 1,
+    }
     yield "nemotron_h", AutoModelForCausalLM, NemotronHConfig(**{**TEXT, **nemotron, "topk_group": 1})
     tokens = {"image_token_id": IMAGE_TOKEN, "vision_start_token_id": 96, "vision_end_token_id": 97}
     text = {**ONE_LAYER, "rope_parameters": QWEN_ROPE}

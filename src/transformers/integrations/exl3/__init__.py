@@ -23,17 +23,20 @@ The files from the ground up. A file imports from the lines above its own, never
 | encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
 | ops                                            | the operators of torch.library, and the choice of what computes them   |
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |
+| experts, embeddings                            | the same of mixtures and of tables                                     |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
 | restoring, plain_layers                        | what checkpoints lack; which layers are not quantized on the fly       |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
-| loading, saving, parallel                      | the operations on load, writing, several processes                     |
+| loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
+| quantizing                                     | a float model's tensors on their way                                   |
 
 `quantizers/quantizer_exl3.py` is policy: it asks these in the order of upstream's loading.
 """
 
 from . import saving  # lets `save_pretrained` know quantized models
+from .experts import separate_experts
 from .loading import replace_with_exl3_modules
-from .modules import Exl3Linear, separate_experts
+from .modules import Exl3Linear
 
 
 __all__ = ["Exl3Linear", "replace_with_exl3_modules", "separate_experts"]

@@ -36,7 +36,8 @@ from ...distributed.expert_parallel import EpDispatchExpertsParallel
 from ...distributed.parallel_utils import replace_layer_number_by_wildcard
 from ...distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel, TensorParallelLayer
 from . import format
-from .modules import Exl3Experts, Exl3Linear, Exl3Module, Exl3StackedLinear, whole
+from .experts import Exl3Experts, Exl3StackedLinear
+from .modules import Exl3Linear, Exl3Module, whole
 
 
 # The dimensions, from the last one, in which the tensors of a layer or a stack are cut; what is not in there stays whole.

@@ -52,16 +52,9 @@ from .architecture import (
     part_sizes,
 )
 from .checkpoint import Checkpoint, Exl3CheckpointError, cut_columns
-from .modules import (
-    Exl3Embedding,
-    Exl3Experts,
-    Exl3Linear,
-    Exl3Module,
-    Exl3Projection,
-    Exl3SlicedLinear,
-    Exl3SplitLinear,
-    Exl3TiedHead,
-)
+from .embeddings import Exl3Embedding, Exl3TiedHead
+from .experts import Exl3Experts, Exl3Projection
+from .modules import Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
 from .restoring import ROUTER_CORRECTIONS
 
 

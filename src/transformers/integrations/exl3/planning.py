@@ -32,15 +32,9 @@ from .architecture import (
     untie,
 )
 from .checkpoint import embedding_tensors, linear_tensors
-from .modules import (
-    Exl3Embedding,
-    Exl3Experts,
-    Exl3Linear,
-    Exl3Module,
-    Exl3Projection,
-    Exl3SplitLinear,
-    Exl3TiedHead,
-)
+from .embeddings import Exl3Embedding, Exl3TiedHead
+from .experts import Exl3Experts, Exl3Projection
+from .modules import Exl3Linear, Exl3Module, Exl3SplitLinear
 from .plain_layers import stays_plain
 from .selection import selected
 

@@ -43,8 +43,9 @@ from peers.models import llama_config
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, logging
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.checkpoint import linear_tensors
+from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels import cpu
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Projection
+from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 

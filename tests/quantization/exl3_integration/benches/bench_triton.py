@@ -34,8 +34,9 @@ import torch
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.integrations.exl3 import format, ops, search
+from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels.triton import gpu
-from transformers.integrations.exl3.modules import Exl3Experts, Exl3Linear, Exl3Projection
+from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 

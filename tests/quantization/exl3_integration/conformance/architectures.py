@@ -356,7 +356,7 @@ ROWS = [
 
 # Architectures that both have and that are in no row, with the reason.
 NOT_HELD = {
-    "DeepseekV4ForCausalLM": "its files have other names than those that Transformers saves: held by hand, no row yet",
+    "DeepseekV4ForCausalLM": "its files have other names than those that Transformers saves: no row yet",
     "Gemma3ForCausalLM": "exllamav3 reads it only from files of the model for images",
     "Gemma4AssistantForCausalLM": "a draft model for speculative decoding, which exllamav3 does not convert",
     "Gemma4UnifiedForConditionalGeneration": "no row yet",

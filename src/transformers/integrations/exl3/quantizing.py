@@ -1,0 +1,271 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Quantizing on the fly: the operation on load, what is left to do when all tensors are in place, and the way back."""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from ...core_model_loading import ConversionOps
+from ...distributed.sharding_utils import _dtensor_from_local_like
+from ...distributed.utils import is_dtensor
+from . import encoder, format, ops
+from .embeddings import Exl3Embedding, Exl3TiedHead
+from .experts import Exl3Experts, Exl3StackedLinear
+from .loading import Exl3Stacks, Exl3Stored, own_part
+from .modules import Exl3Linear, Exl3Module, whole
+from .progress import Progress
+
+
+class Exl3Quantize(ConversionOps):
+    """Quantizes a parameter of a float checkpoint for the module that waits for it."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+        quantizer = self.hf_quantizer
+        if quantizer.has_failed:
+            # Upstream raises the error when it has been through all parameters, which would take hours for nothing.
+            missing_keys.clear()
+            return {}
+        quantizer.has_failed = True
+        result = {}
+        for name, value in input_dict.items():
+            result |= self._quantized(name, value[0] if isinstance(value, list) else value, model, missing_keys)
+        quantizer.has_failed = False
+        return result
+
+    def _quantized(self, name, value, model, missing_keys):
+        """What the parameter `name` becomes: itself where nothing waits for it."""
+        result, quantizer = {}, self.hf_quantizer
+        path, _, parameter = name.rpartition(".")
+        waiting = [(path, parameter)] if parameter in getattr(model.get_submodule(path), "pending", ()) else []
+        if not waiting:
+            result[name] = value
+        # The embeddings last: when they have come, the name that the value is for is gone.
+        waiting = [(head, "weight") for head in quantizer.heads_tied_to(name)] + waiting
+        for path, parameter in waiting:
+            module = model.get_submodule(path)
+            if not isinstance(module, Exl3Module):  # a head that is not quantized, and no longer tied to what is
+                result[f"{path}.{parameter}"] = value
+                missing_keys.discard(f"{path}.{parameter}")
+                continue
+            gathered = _gathered(
+                value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape
+            )
+            made = quantize_parameter(path, module, parameter, gathered, quantizer.progress)
+            result |= {name: own_part(tensor, model.get_parameter_or_buffer(name)) for name, tensor in made.items()}
+            missing_keys.discard(f"{path}.{parameter}")
+        return result
+
+
+def _gathered(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The tensor of shape `shape` of which this process has read `value`, its part of the parameter `placeholder`."""
+    if not is_dtensor(placeholder):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    parts = DTensor.from_local(
+        value.contiguous(),
+        placeholder.device_mesh,
+        placeholder.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return whole(parts)
+
+
+def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress: Progress):
+    """
+    Quantize one parameter that a module waits for.
+
+    Args:
+        path (`str`): Of the module in the model.
+        module (`Exl3Module`): Waits for `parameter`, and no longer after this.
+        parameter (`str`): Name of the parameter in the plain module.
+        value (`torch.Tensor`): The parameter, floating.
+        progress (`Progress`): Of the model; tells the effort, too.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By name in the model, the tensors that the parameter became.
+
+    Raises:
+        `ValueError`: Where the value cannot be quantized, with the name of the tensor.
+    """
+    expected = module.plain.get_parameter(parameter).shape
+    if value.shape != expected:
+        raise ValueError(f"{path}.{parameter} has the shape {list(value.shape)}, the model's is {list(expected)}")
+    made = defaultdict(list)
+    for layer, leaf, view in module.plain_views(parameter, value):
+        linear = module.layer(layer)
+        name = f"{path}.{layer}" if layer else path
+        holder = module.holder(layer)
+        if leaf == "bias":
+            made[holder, "bias"].append(_stored_bias(name, view, linear))
+            continue
+        try:
+            with progress.shown(view.device) as update:
+                tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+        for tensor, encoded in tensors.items():
+            made[holder, tensor].append(encoded)
+    module.arrived(parameter)
+    return {
+        f"{path}.{holder}.{leaf}" if holder else f"{path}.{leaf}": torch.stack(tensors)
+        if isinstance(module, Exl3Experts)
+        else tensors[0]
+        for (holder, leaf), tensors in made.items()
+    }
+
+
+def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Tensor:
+    """`bias` as the format stores it: fp16, padded."""
+    stored = torch.nn.functional.pad(bias, (0, format.padded(linear.out_features) - bias.shape[0])).half()
+    if not stored.isfinite().all():
+        raise ValueError(
+            f"{name}.bias cannot be stored: it is not finite in float16 (the largest is {bias.abs().max()})"
+        )
+    return stored
+
+
+def finish_modules(model: nn.Module, progress: Progress | None = None):
+    """
+    What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one converter
+    of upstream's may yield several), leave plain the modules whose weights did not come at all, freeze, align, and put tiles in
+    order.
+
+    Args:
+        model (`PreTrainedModel`): The model, changed in place.
+        progress (`Progress`, *optional*): Of a model that is quantized.
+    """
+    for entry in getattr(model, "_weight_conversions", None) or ():
+        if isinstance(entry, Exl3Stacks):
+            entry.parts.clear()  # which are modules: saving goes by the names
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Exl3TiedHead):
+            module.decode(model.get_input_embeddings())
+        if getattr(module, "pending", None):
+            if any(is_dtensor(getattr(module, name)) for name in module.pending):
+                raise ValueError(
+                    f"{path} cannot be quantized on the fly by several processes: its parameters do not come one by one. Quantize "
+                    "the model in one process, save it, and load that."
+                )
+            if _is_new(module):
+                _put(model, path, _initialized(model, path, module))
+                continue
+            for name, value in _late_parameters(model, path, module).items():
+                for tensor, result in quantize_parameter(path, module, name, value, progress).items():
+                    owner, _, leaf = tensor.rpartition(".")
+                    _set(model.get_submodule(owner), leaf, result)
+        if isinstance(module, Exl3Embedding):
+            module.to_plain_dtype()
+        if isinstance(module, Exl3Module):
+            module.requires_grad_(False)
+        if isinstance(module, Exl3StackedLinear):
+            module.place_numbers()
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.device.type != "cpu" or hasattr(parameter, "device_mesh"):
+                continue
+            if isinstance(module, (Exl3Linear, Exl3StackedLinear)) and name == "trellis":
+                parameter.data = ops.ordered(parameter.data)
+            # Files written without padding of their header leave tensors at addresses that no vector code expects.
+            if parameter.data_ptr() % parameter.element_size():
+                parameter.data = parameter.data.clone()
+
+
+def _set(module: nn.Module, name: str, value: torch.Tensor):
+    """Give `module` what it holds of the tensor `name`."""
+    placeholder = getattr(module, name)
+    if is_dtensor(placeholder):
+        value = _dtensor_from_local_like(own_part(value, placeholder), placeholder)
+    setattr(module, name, value if name in module._buffers else nn.Parameter(value, requires_grad=False))
+
+
+def _lacking(module: Exl3Module) -> list[str]:
+    """Those of the parameters that `module` waits for that the checkpoint lacks."""
+    return [name for name in sorted(module.pending) if not getattr(getattr(module, name), "_is_hf_initialized", False)]
+
+
+def _is_new(module: Exl3Module) -> bool:
+    """Whether the checkpoint lacks a weight of `module`: it is to be trained, and nothing is gained by quantizing it."""
+    return any(not name.endswith("bias") for name in _lacking(module))
+
+
+@torch.no_grad()
+def _initialized(model: nn.Module, path: str, module: Exl3Module) -> nn.Module:
+    """The plain module that `module` stands for, with what came and what its model initialises the rest to."""
+    plain = module.empty_plain()
+    ancestors = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)] + [""]
+    owner = next(m for m in map(model.get_submodule, ancestors) if hasattr(m, "_init_weights"))
+    owner._init_weights(plain)
+    lacking = _lacking(module)
+    for name, parameter in plain.named_parameters(recurse=False):
+        if name in lacking:
+            continue
+        if name in module.pending:
+            parameter.data.copy_(getattr(module, name))
+            continue
+        for layer, leaf, view in module.plain_views(name, parameter.data):
+            view.copy_(module.layer(layer).dequantized(leaf))
+    return plain
+
+
+def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
+    """The parameters that `module` waits for: as they came, and biases that did not as its model initialises them."""
+    values = {name: getattr(module, name).detach() for name in sorted(module.pending)}
+    lacking = _lacking(module)
+    if lacking:
+        plain = _initialized(model, path, module)
+        values |= {name: plain.get_parameter(name).detach() for name in lacking}
+    return values
+
+
+def _put(model: nn.Module, path: str, plain: nn.Module):
+    """Put `plain` in the place of the module at `path`, with what moves its inputs."""
+    module = model.get_submodule(path)
+    if hasattr(module, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(plain, module._hf_hook)
+    model.set_submodule(path, plain)
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
+    """
+    Replace every quantized module of a model by the plain one that it stands for.
+
+    Args:
+        model (`nn.Module`): The model, changed in place.
+        dtype (`torch.dtype`, *optional*): Of the weights, by default what the model was loaded in.
+
+    Raises:
+        `ValueError`: Where weights are offloaded, or divided among processes.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, Exl3Module)]
+    modules = {path: model.get_submodule(path) for path in paths}
+    outermost = {path: m for path, m in modules.items() if not any(path.startswith(f"{other}.") for other in paths)}
+    for path, module in outermost.items():
+        is_divided = getattr(module, "is_part", False) or any(map(is_dtensor, module.parameters()))
+        if is_divided or any(parameter.is_meta for parameter in module.parameters()):
+            where = "divided among processes" if is_divided else "offloaded"
+            raise ValueError(f"{path} is {where}: load the checkpoint with `Exl3Config(dequantize=True)` instead.")
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Exl3Stored)]
+    for path, module in outermost.items():
+        _put(model, path, module.dequantize(dtype))
