@@ -496,9 +496,10 @@ class Exl3GroupedLinearTest(unittest.TestCase):
             expected[rows] = ops.linear(x[rows], *layer, 130)
         some = torch.tensor([1, 3, 4])
         stacks = [tensor[some].repeat_interleave(2, 0)[::2] for tensor in (trellis, suh, svh, bias)]
-        for codes in (stacks[0], ops.ordered(stacks[0])):
-            y = ops.grouped_linear(x, ranges[some], codes, *stacks[1:], codebook, 130)
-            self.assertTrue(torch.equal(y, expected))
+        by_column = [tensor.T.contiguous().T for tensor in stacks[1:]]  # such scales are not rows
+        for codes, others in itertools.product((stacks[0], ops.ordered(stacks[0])), (stacks[1:], by_column)):
+            y = ops.grouped_linear(x, ranges[some], codes, *others, codebook, 130)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
     def test_gradients(self):
         ranges, stacks, weights = self.groups([2, 0, 60])

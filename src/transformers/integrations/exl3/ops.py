@@ -351,6 +351,7 @@ def grouped_linear(
         `ValueError`: Where the tensors do not fit each other.
     """
     _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
+    suh, svh, bias = map(_as_rows, (suh, svh, bias))
     if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
         return gpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_zeros(x.shape[0], out_features)
@@ -387,6 +388,7 @@ def grouped_linear_input_grad(
 ) -> torch.Tensor:
     """The gradient of `grouped_linear` in its input: `grad` `[rows, out_features]` to `[rows, in_features]`."""
     _check_stack(grad, ranges, trellis, suh, svh, None, in_features, is_transposed=True)
+    suh, svh = map(_as_rows, (suh, svh))
     x = grad.new_zeros(grad.shape[0], in_features)
     for group, rows in _groups(ranges, grad.shape[0]):
         _multiply_transposed(grad[rows], trellis[group], suh[group], svh[group], codebook, x[rows])
@@ -397,6 +399,11 @@ def grouped_linear_input_grad(
 def _(grad, ranges, trellis, suh, svh, codebook, in_features):
     gpu.check_devices(grad, ranges, trellis, suh, svh)
     return grad.new_empty(grad.shape[0], in_features)
+
+
+def _as_rows(stack: torch.Tensor | None) -> torch.Tensor | None:
+    """A stack of scales or biases with the numbers of each group next to each other, as all kernels read them."""
+    return stack if stack is None or stack.stride(-1) == 1 else stack.contiguous()
 
 
 def _groups(ranges: torch.Tensor, rows: int) -> list[tuple[int, slice]]:
