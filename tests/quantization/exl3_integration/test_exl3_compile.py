@@ -21,12 +21,15 @@ import torch
 from parameterized import parameterized
 from torch._dynamo import lookup_backend
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from transformers import CompileConfig, Exl3Config
 from transformers.integrations.exl3.experts import Exl3Experts
+from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import require_accelerate, require_peft, require_torch, slow
 from transformers.utils import is_peft_available
 
+from .synthetic import random_linear
 from .tiny_models import tiny_inputs, tiny_model
 
 
@@ -120,6 +123,21 @@ class Exl3CompileTest(unittest.TestCase):
         inputs["input_ids"] = torch.randint(3, 90, (5, 11))
         for exported in (program, torch.export.load(file)):
             self.assertLess(error(exported.module()(**inputs).logits, model(**inputs).logits), 1e-6)
+
+    @torch.no_grad()
+    def test_what_reads_the_weight_is_one_graph(self):
+        """As adapters like DoRA do."""
+        layer, x = Exl3Linear(128, 100, random_linear(100, 128)[0]), torch.randn(3, 128)
+
+        def product(x):
+            return torch.nn.functional.linear(x, layer.weight.to(x.dtype)) / layer.weight.norm()
+
+        for graph in (
+            torch.compile(product, fullgraph=True, backend="eager"),
+            torch.jit.trace(product, (x,)),
+            make_fx(product)(x),
+        ):
+            torch.testing.assert_close(graph(x), product(x), rtol=0, atol=0)
 
     @require_peft
     def test_training_steps_are_one_graph(self):

@@ -13,17 +13,21 @@
 # limitations under the License.
 """Training adapters on quantized models, with PEFT and the Trainer."""
 
+import copy
 import os
+import pickle
 import tempfile
 import unittest
+from unittest.mock import patch
 
 import torch
 from parameterized import parameterized
 
 from transformers import AutoModelForCausalLM, Exl3Config, Trainer, TrainingArguments
-from transformers.integrations.exl3 import separate_experts
+from transformers.integrations.exl3 import ops, separate_experts
 from transformers.integrations.exl3.experts import Exl3Experts
-from transformers.integrations.exl3.modules import DequantizedWeight, Exl3Linear
+from transformers.integrations.exl3.modules import Exl3Linear
+from transformers.integrations.exl3.weight import DequantizedWeight
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.testing_utils import require_accelerate, require_peft, require_torch
 from transformers.utils import is_peft_available
@@ -35,6 +39,7 @@ from .tiny_models import tiny_inputs, tiny_model
 
 if is_peft_available():
     from peft import (
+        AdaLoraConfig,
         IA3Config,
         LoraConfig,
         PeftModel,
@@ -109,6 +114,7 @@ class Exl3TrainingTest(unittest.TestCase):
             ("all_linear", lambda: LoraConfig(target_modules="all-linear", r=4)),
             ("rslora", lambda: LoraConfig(target_modules=["q_proj", "up_proj"], r=4, use_rslora=True)),
             ("dora", lambda: LoraConfig(target_modules=["q_proj", "up_proj"], r=4, use_dora=True)),
+            ("adalora", lambda: AdaLoraConfig(target_modules=["q_proj", "up_proj"], total_step=10, init_r=4)),
             ("ia3", lambda: IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])),
             ("prompts", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
             ("prefixes", lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
@@ -287,24 +293,94 @@ class Exl3TrainingTest(unittest.TestCase):
             ):
                 model.merge_adapter(safe_merge=safe)
 
+    @parameterized.expand(
+        [
+            ("all_linear", lambda: LoraConfig(target_modules="all-linear"), 0),
+            ("adalora", lambda: AdaLoraConfig(target_modules=["q_proj", "up_proj"], total_step=10), 0),
+            (
+                "dora",
+                lambda: LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=True),
+                4,
+            ),  # the norms of four layers
+        ]
+    )
+    @require_peft
+    def test_adapters_are_added_without_decoding_weights(self, _, make_config, decoded):
+        model = self.load()
+        with patch.object(ops, "dequantize", wraps=ops.dequantize) as decode:
+            get_peft_model(model, make_config())
+            self.assertEqual(decode.call_count, decoded)
+
+    def test_the_weight_is_decoded_when_its_values_are_needed(self):
+        layer = self.load(torch.bfloat16).model.layers[0].mlp.up_proj
+        with patch.object(ops, "dequantize", wraps=ops.dequantize) as decode:
+            self.assertTrue(hasattr(layer, "weight"))
+            weight = layer.weight
+            self.assertIs(type(weight), DequantizedWeight)
+            self.assertEqual((weight.shape, weight.dtype), ((100, 128), torch.bfloat16))
+            self.assertEqual((weight.device, weight.requires_grad), (torch.device("cpu"), False))
+            self.assertEqual((weight.numel(), weight.size(0), len(weight), weight.ndim), (100 * 128, 100, 100, 2))
+            self.assertIs(weight.requires_grad_(False), weight)
+            weight.requires_grad = False
+            self.assertIs(weight.data.detach(), weight)
+            self.assertEqual(decode.call_count, 0)
+            plain = layer.dequantize().weight
+            self.assertEqual(decode.call_count, 1)
+            for value in (
+                weight,
+                weight.T.T,
+                weight.clone(),
+                copy.deepcopy(weight),
+                pickle.loads(pickle.dumps(weight)),
+            ):
+                torch.testing.assert_close(value + 0, plain.detach(), rtol=0, atol=0)
+            self.assertEqual(weight.tolist(), plain.tolist())
+            self.assertEqual(decode.call_count, 2)
+
     def test_the_dequantized_weight_is_read_only(self):
         layer = self.load().model.layers[0].mlp.up_proj
-        weight = layer.weight
+        weight, other = layer.weight, torch.zeros(100, 128)
         for change in (
             lambda: weight.add_(1),
             lambda: weight.data.copy_(weight),
+            lambda: weight.T.zero_(),
+            lambda: weight[0].zero_(),
+            lambda: weight.float().view(-1).fill_(0),
+            lambda: weight.chunk(2)[1].zero_(),
             lambda: weight.__iadd__(1),
             lambda: weight.__setitem__(0, 1),
-            lambda: setattr(weight, "data", torch.zeros(192, 128)),
+            lambda: torch.add(other, 1, out=weight),
+            lambda: torch._foreach_add_([other, weight], 1.0),
+            lambda: setattr(weight, "data", other),
+            lambda: setattr(weight, "grad", other),
             lambda: torch.nn.init.zeros_(weight),
+            lambda: weight.requires_grad_(),
+            lambda: setattr(weight, "requires_grad", True),
+            lambda: torch.nn.Parameter(weight),
         ):
             self.assertRaisesRegex(RuntimeError, "cannot be changed in place", change)
-        self.assertIs(type(weight), DequantizedWeight)
+        torch.testing.assert_close(weight + 0, layer.dequantize().weight.detach(), rtol=0, atol=0)
         self.assertIs(type(weight + 1), torch.Tensor)
+        self.assertIs(type(other.copy_(weight)), torch.Tensor)
         x = torch.randn(3, 128)
         product = torch.nn.functional.linear(x, weight)
         self.assertIs(type(product), torch.Tensor)
         self.assertLess(float((product - layer(x)).abs().max() / product.abs().max()), 1e-5)
+
+    def test_operators_beside_python_read_the_weight_and_do_not_change_it(self):
+        layer = self.load().model.layers[0].mlp.up_proj
+
+        @torch.jit.script
+        def read(x, weight):
+            return torch.mm(x, weight.t())
+
+        @torch.jit.script
+        def change(weight):
+            return weight.mul_(0)
+
+        x = torch.randn(3, 128)
+        torch.testing.assert_close(read(x, layer.weight), x @ layer.weight.T, rtol=0, atol=0)
+        self.assertRaises(RuntimeError, change, layer.weight)
 
     def test_generates_with_every_kind_of_cache(self):
         model = self.load()

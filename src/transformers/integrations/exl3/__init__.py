@@ -22,6 +22,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | hadamard, search                               | the rotation, and the search of the trellis as its definition          |
 | encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
 | ops                                            | the operators of torch.library, and the choice of what computes them   |
+| weight                                         | the weight of a layer as others see it                                 |
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |
 | experts, embeddings                            | the same of mixtures and of tables                                     |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |

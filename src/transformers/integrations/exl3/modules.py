@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from . import format, ops
+from .weight import DequantizedWeight
 
 
 def _with_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
@@ -206,33 +207,6 @@ class Exl3Module(nn.Module):
         return super()._apply(move, recurse)
 
 
-_IN_PLACE = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
-
-
-class DequantizedWeight(torch.Tensor):
-    """
-    A weight that was dequantized to be read. Changing it in place would change nothing, and is an error; whatever is
-    computed from it is a plain tensor.
-    """
-
-    _is_hf_initialized = True  # some models initialise the weights of their children
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        is_in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        first = next(iter((*args, *(kwargs or {}).values())), None)
-        if is_in_place and isinstance(first, cls):
-            raise RuntimeError(
-                "The weight of an Exl3Linear is quantized and cannot be changed in place, adapters cannot be merged into it. "
-                "Make the model plain with `model.dequantize()` first."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        # What is the same memory under another name is as little to be changed.
-        return result.as_subclass(cls) if name == "__get__" and isinstance(result, torch.Tensor) else result
-
-
 class Exl3Linear(Exl3Module, nn.Linear):
     """
     A quantized linear layer, `y = x @ W + bias`, on the tensors that a checkpoint has for it.
@@ -262,11 +236,15 @@ class Exl3Linear(Exl3Module, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out_features, in_features]`, dequantized anew at each access, to be read only."""
+        """The weight `[out_features, in_features]`, to be read only. Each access dequantizes it anew, once its values are needed."""
         pending = self._buffers.get("weight")
         if pending is not None:
             return pending
-        return self.dequantized("weight").to(self.plain_dtype).as_subclass(DequantizedWeight)
+        self.check_whole()
+        decode = lambda: self.dequantized("weight").to(self.plain_dtype)  # noqa: E731
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return decode()
+        return DequantizedWeight(decode, (self.out_features, self.in_features), self.plain_dtype, self.device)
 
     @property
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,13 +286,17 @@ class Exl3Linear(Exl3Module, nn.Linear):
             stored[self.codebook] = format.marker(self.codebook).to(weight.device)
         return stored
 
-    def dequantized(self, leaf: str) -> torch.Tensor:
-        """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
+    def check_whole(self):
+        """Raise `RuntimeError` where the weight is divided among processes."""
         if hasattr(self.trellis, "to_local"):
             raise RuntimeError(
                 "This Exl3Linear is divided among processes and has no weight as a whole. Add adapters before `fully_shard`; with "
                 "`tp_size` there are none. Load the checkpoint with `Exl3Config(dequantize=True)` for a plain model."
             )
+
+    def dequantized(self, leaf: str) -> torch.Tensor:
+        """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
+        self.check_whole()
         if leaf == "bias":
             return self.bias[: self.out_features]
         weight = ops.dequantize(self.codes, *self.scales, self.codebook)
