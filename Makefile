@@ -11,7 +11,11 @@ PATCHED = setup.py src tests/quantization
 KERNELS = src/transformers/integrations/exl3/kernels/cpu
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
-.PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export refresh clean
+# The kernels that are tested are those that were compiled here.
+export USE_HUB_KERNELS ?= 0
+
+.PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export hub-kernel \
+	refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
@@ -26,6 +30,7 @@ help:
 	@echo "make style                  put the style right"
 	@echo "make refresh                bring the installed package up to date after an edit"
 	@echo "make export CHECKOUT=...    patch a checkout of upstream's in place"
+	@echo "make hub-kernel             write the compiled kernels as a kernel of the hub's, to build/hub-kernel"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Transformers $(UPSTREAM) needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -37,7 +42,7 @@ $(VENV)/.tools: $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml setup.py setup.edit.py | $(BIN)/python
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e . "setuptools>=77" accelerate hypothesis parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
+	$(BIN)/pip install -q -e . "setuptools>=77" accelerate hypothesis kernels parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
@@ -113,6 +118,9 @@ style: $(VENV)/.tools
 export:
 	@test -n "$(CHECKOUT)" || { echo "usage: make export CHECKOUT=<a tree of transformers $(UPSTREAM)>" >&2; exit 2; }
 	@$(PYTHON) utils/patchset "$(CHECKOUT)"
+
+hub-kernel: $(VENV)/.installed
+	@$(BIN)/python utils/patchset --hub-kernel
 
 clean:
 	rm -rf build $(VENV)

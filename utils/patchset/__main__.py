@@ -1,7 +1,8 @@
 """Patch a checkout of Transformers, or refresh what `pip install -e .` installed.
 
-python utils/patchset CHECKOUT    patch this tree of upstream's in place, wholly or not at all
-python utils/patchset             after an edit: bring build/tree up to date
+python utils/patchset CHECKOUT      patch this tree of upstream's in place, wholly or not at all
+python utils/patchset               after an edit: bring build/tree up to date
+python utils/patchset --hub-kernel  the same, and write the compiled kernels as a project for kernel-builder
 """
 
 import argparse
@@ -20,7 +21,9 @@ def main() -> int:
         prog="python utils/patchset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", nargs="?", type=Path, help=f"the root of a tree of transformers {UPSTREAM}")
-    checkout = parser.parse_args().checkout
+    parser.add_argument("--hub-kernel", action="store_true", help="write the compiled kernels as one of the hub's")
+    arguments = parser.parse_args()
+    checkout = arguments.checkout
     try:
         if checkout:
             plan = tree.patch(checkout)
@@ -33,6 +36,8 @@ def main() -> int:
                 print("the kernels' sources have changed: compiling")
                 extension.compile_in_place()
             print(f"{REPO / build.TREE} is up to date")
+        if arguments.hub_kernel:
+            print(f"{extension.write_hub_kernel()} is a project for kernel-builder, with a build for this machine")
     except PatchError as error:
         print(error, file=sys.stderr)
         print("error: nothing was written" if checkout else "error: not up to date", file=sys.stderr)

@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The door to the compiled CPU kernels of `cpu.cpp`, a plain C library in this folder that is loaded with ctypes.
+The door to the compiled CPU kernels of `cpu.cpp`, a plain C library that is loaded with ctypes.
 
-`setup.py` compiles it. Where it is missing, `is_available()` says so once and everything runs on the torch reference.
+It is the hub's where `hub` finds it there, or stands in this folder where `setup.py` has compiled it. Where both are missing,
+`is_available()` says so once and everything runs on the torch reference.
 What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512vnni`, `avx512`, `avx2` or
 `base`) forces an instruction set, otherwise the best that the machine has is taken. Results are the same bytes on all of
 them, and on any number of threads: `torch.get_num_threads()` are used, those of torch's own OpenMP library where it has one.
@@ -35,6 +36,7 @@ import torch
 from .....utils import logging
 from ... import format
 from ... import search as trellis_search
+from . import hub
 
 
 logger = logging.get_logger(__name__)
@@ -74,17 +76,25 @@ _SIGNATURES = {
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    if not LIBRARY.is_file():
+    try:
+        path = hub.library(ABI_VERSION)
+    except FileNotFoundError as error:
+        path, reason = LIBRARY, error
+    if not path.is_file():
         logger.warning(
-            "The compiled CPU kernels of EXL3 are missing, so the much slower torch reference is used. They are built when "
-            f"transformers is installed from source on a machine with a C++ compiler; they would stand in {LIBRARY}."
+            "The compiled CPU kernels of EXL3 are missing, so the much slower torch reference is used. They do not come from the "
+            f"hub: {reason}. Nor were they built with this transformers, from source with a C++ compiler: no {LIBRARY}."
         )
         return None
-    library = ctypes.CDLL(str(LIBRARY))
+    library = ctypes.CDLL(str(path))
     if (found := library.exl3_abi_version()) != ABI_VERSION:
         raise ImportError(
-            f"{LIBRARY} has version {found} of the EXL3 kernels, this transformers needs {ABI_VERSION}: install it again "
-            "from source to compile them anew"
+            f"{path} has version {found} of the EXL3 kernels, this transformers needs {ABI_VERSION}: "
+            + (
+                "install it again from source to compile them anew"
+                if path == LIBRARY
+                else f"update transformers or the kernel {hub.REPOSITORY}, or do without it with USE_HUB_KERNELS=0"
+            )
         )
     library.exl3_isa.restype = ctypes.c_char_p
     library.exl3_use_openmp.argtypes = [_POINTER]
@@ -403,7 +413,7 @@ def _describe(tensor):
 
 def _loaded():
     if not is_available():
-        raise RuntimeError(f"the compiled CPU kernels of EXL3 are not there: {LIBRARY}")
+        raise RuntimeError(f"the compiled CPU kernels of EXL3 are not there: neither on the hub nor at {LIBRARY}")
     return _library()
 
 

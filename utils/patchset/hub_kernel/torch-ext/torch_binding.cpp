@@ -1,0 +1,5 @@
+// A Python module without contents: what the kernels export are plain C functions, which transformers calls with ctypes.
+
+#include "registration.h"
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
