@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Tensor parallelism and FSDP2: two processes compute, differentiate, generate and save what one does.
+Tensor, expert and data parallelism: two processes compute, differentiate, generate and save what one does.
 
 This file is also what the processes run: `torchrun --nproc-per-node 2 test_exl3_distributed.py FOLDER...`.
 """
@@ -31,6 +31,7 @@ import torch
 from parameterized import parameterized
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +42,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import separate_experts
@@ -124,7 +127,9 @@ def work(folder, tasks):
                 model(torch.tensor([[3, 4, 5]]))
     source = os.path.join(folder, "llama")
     if is_peft_available():
-        torch.save(adapter_gradients(source, shard=True), os.path.join(source, "gradients.pt"))
+        for way in ("fsdp", "ddp"):
+            torch.save(adapter_gradients(source, way, ranks=2), os.path.join(source, f"{way}.pt"))
+        torch.save(trained_adapters(source, ranks=2), os.path.join(source, "trainer.pt"))
     run_example(source)
     torch.distributed.destroy_process_group()
 
@@ -140,22 +145,62 @@ def run_example(folder):
     assert any(isinstance(parameter, DTensor) for parameter in names["model"].parameters())
 
 
-def adapter_gradients(folder, shard):
-    """The gradients of adapters on the checkpoint in `folder`; with FSDP2, each process has a part of all and of the batch."""
-    ids = torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(2))
+def adapted(folder, bias):
+    """The checkpoint in `folder` with adapters, of the same values in every process."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False)
-    model = get_peft_model(model, config)
-    if shard:
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False, bias=bias)
+    return get_peft_model(model, config)
+
+
+# FSDP wants one dtype for all that is trained; biases are float16 here.
+TRAINED_BIASES = {"fsdp": "none", "ddp": "all", "trainer": "all"}
+
+
+def adapter_gradients(folder, way, ranks):
+    """The gradients of adapters on the checkpoint in `folder`; of two processes, each computes with a part of the batch."""
+    ids = torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(2))
+    model = adapted(folder, TRAINED_BIASES[way])
+    if ranks > 1:
+        ids = ids.chunk(ranks)[torch.distributed.get_rank()]
+    if ranks > 1 and way == "fsdp":
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
         for module in (*model.base_model.model.model.layers, model):
             fully_shard(module, mesh=mesh)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        ids = ids.chunk(2)[torch.distributed.get_rank()]
-    model(ids, labels=ids).loss.backward()
+    if ranks > 1 and way == "ddp":
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        if torch.distributed.get_rank() == 1:
+            for value in model.state_dict().values():
+                value.zero_()  # they are the first process's
+        replica = DistributedDataParallel(model)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, msg=name)
+        replica(ids, labels=ids).loss.backward()
+    else:
+        model(ids, labels=ids).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {name: g.full_tensor() if shard else g for name, g in gradients.items()}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+
+
+def trained_adapters(folder, ranks):
+    """What `Trainer` makes of the adapters with one batch of four rows at each step, which the processes share."""
+    rows = torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(3))
+    model = adapted(folder, TRAINED_BIASES["trainer"])
+    with tempfile.TemporaryDirectory() as out:
+        arguments = {"max_steps": 3, "per_device_train_batch_size": 4 // ranks, "learning_rate": 0.1, "optim": "sgd"}
+        arguments |= {
+            "use_cpu": True,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "max_grad_norm": 0,
+        }
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = Trainer(model, TrainingArguments(out, **arguments), train_dataset=data)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel) == (ranks > 1)
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 if __name__ == "__main__":
@@ -163,12 +208,13 @@ if __name__ == "__main__":
     sys.exit()
 
 
-from transformers.integrations.exl3.modules import Exl3Linear  # noqa: E402
+from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module  # noqa: E402
 from transformers.integrations.exl3.parallel import adapt_expert_plan, adapt_tensor_plan  # noqa: E402
 from transformers.integrations.exl3.quantizing import dequantize_modules  # noqa: E402
 from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer  # noqa: E402
 
 from .synthetic import SyntheticCheckpoint, random_linear, read_tensors, stacked  # noqa: E402
+from .tiny_models import tiny_inputs, tiny_model  # noqa: E402
 
 
 def llama():
@@ -309,14 +355,60 @@ class Exl3DistributedTest(unittest.TestCase):
             self.assertEqual(saved[key].dtype, tensor.dtype, key)
             self.assertTrue(torch.equal(saved[key], tensor), key)
 
+    @parameterized.expand(["fsdp", "ddp", "trainer"])
     @require_peft
-    def test_adapters_under_fsdp_have_the_gradients_of_one_process(self):
+    def test_adapters_are_trained_as_by_one_process(self, way):
+        """By their gradients, and by what the Trainer makes of them."""
         folder = os.path.join(self.folder, "llama")
-        found = torch.load(os.path.join(folder, "gradients.pt"))
-        expected = adapter_gradients(folder, shard=False)
+        found = torch.load(os.path.join(folder, f"{way}.pt"))
+        if way == "trainer":
+            expected = trained_adapters(folder, ranks=1)
+        else:
+            expected = adapter_gradients(folder, way, ranks=1)
         self.assertEqual(found.keys(), expected.keys())
-        for key, gradient in expected.items():
-            self.assertLess(float((found[key] - gradient).abs().max() / gradient.abs().max()), 1e-5, key)
+        self.assertEqual(any(name.endswith("bias") for name in expected), TRAINED_BIASES[way] == "all")
+        for key, value in expected.items():
+            error = (found[key] - value).float().abs().max() / value.abs().max()
+            self.assertLess(float(error), 4 * torch.finfo(value.dtype).eps + 5e-5, key)
+
+
+@require_torch
+@require_accelerate
+class Exl3DataParallelTest(unittest.TestCase):
+    """What is replicated, in one process: the backend refuses 16-bit integers there, too."""
+
+    def setUp(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        self.addCleanup(torch.distributed.destroy_process_group)
+
+    @parameterized.expand(
+        [
+            ("llama", {"head_bits": 2, "embedding_bits": 2}),
+            ("llama_tied", {"embedding_bits": 2}),
+            ("mixtral", {}),
+            ("phi3", {}),
+        ]
+    )
+    def test_all_kinds_of_layers(self, name, options):
+        source, auto_class = tiny_model(name)
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_pretrained(folder)
+            model = auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=1, **options))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        inputs = tiny_inputs(name)
+        expected = model(**inputs).logits
+        wrapper = torch.nn.Module()
+        wrapper.own, wrapper.forward = torch.nn.ModuleList([model]), lambda **inputs: model(**inputs)
+        replica = DistributedDataParallel(wrapper)
+        torch.testing.assert_close(replica(**inputs).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+        sent_again = [n for n, _ in replica.module.named_buffers() if n not in replica.parameters_to_ignore]
+        plain = [n for n, m in wrapper.named_modules() for b in m._buffers if not isinstance(m, Exl3Module)]
+        self.assertEqual(len(sent_again), len(plain))
+
+    def test_float_models_are_as_ever(self):
+        replica = DistributedDataParallel(torch.nn.Linear(3, 2))
+        self.assertEqual(replica.parameters_to_ignore, set())
 
 
 @require_torch

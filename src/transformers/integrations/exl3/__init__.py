@@ -25,6 +25,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | weight                                         | the weight of a layer as others see it                                 |
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |
 | experts, embeddings                            | the same of mixtures and of tables                                     |
+| data_parallel                                  | replicas that are trained together                                     |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
 | restoring, plain_layers                        | what checkpoints lack; which layers are not quantized on the fly       |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
@@ -34,7 +35,7 @@ The files from the ground up. A file imports from the lines above its own, never
 `quantizers/quantizer_exl3.py` is policy: it asks these in the order of upstream's loading.
 """
 
-from . import saving  # lets `save_pretrained` know quantized models
+from . import data_parallel, saving  # let `DistributedDataParallel` and `save_pretrained` know quantized models
 from .experts import separate_experts
 from .loading import replace_with_exl3_modules
 from .modules import Exl3Linear
