@@ -46,6 +46,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self.plan = None  # for a float checkpoint
         self.float_dtype = None
         self.progress = None  # of quantizing
+        self.file_names = None  # of a float checkpoint's tensors, and the model's state before modules are replaced
         self.has_failed = False  # whether a parameter could not be quantized
 
     @property
@@ -99,6 +100,7 @@ class Exl3HfQuantizer(HfQuantizer):
 
         if self.requires_parameters_quantization:
             modules = self._plan(model, kwargs.get("device_map"))
+            self.file_names = self._read_names(checkpoint_files), model.state_dict()
         else:
             modules = self._place(model, checkpoint_files)
         if not self.quantization_config.dequantize:
@@ -123,6 +125,13 @@ class Exl3HfQuantizer(HfQuantizer):
         if device_map is None or not torch.accelerator.is_available():
             self.progress.check(torch.device("cpu"))  # elsewhere when the first weight is there
         return self.plan.modules
+
+    @staticmethod
+    def _read_names(checkpoint_files: list[str] | None) -> list[str]:
+        from ..integrations.exl3.checkpoint import read_header
+
+        files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
+        return [name for file in files for name in read_header(file)]
 
     def _place(self, model, checkpoint_files):
         from ..integrations.exl3.architecture import check_architecture, untie
@@ -177,11 +186,14 @@ class Exl3HfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, model):
         from ..integrations.exl3.loading import Exl3Names, Exl3Stacks, Exl3Stored, with_transforms
+        from ..integrations.exl3.naming import Exl3FileNames, names_in_files
 
         if self.plan is not None:
             stored = Exl3Stored(self.plan.modules, model, weight_conversions)
             names = Exl3Names(self.plan.names, on_loading=False)
-            return [*weight_conversions, names, Exl3Stacks(self.plan.stacks, on_loading=False), stored]
+            found, state = self.file_names
+            in_files = Exl3FileNames(names_in_files(found, weight_conversions, model.base_model_prefix, state))
+            return [in_files, *weight_conversions, names, Exl3Stacks(self.plan.stacks, on_loading=False), stored]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:
@@ -212,7 +224,7 @@ class Exl3HfQuantizer(HfQuantizer):
             self.progress.close()
         if self.placement is not None:
             restore(model, self.placement.lacking)
-        self.placement = self.plan = self.progress = None
+        self.placement = self.plan = self.progress = self.file_names = None
         return model
 
     def _dequantize(self, model, dtype=None):

@@ -459,6 +459,11 @@ class Exl3BadCheckpointTest(Exl3CheckpointTestCase):
         self.assertRaisesRegex(ValueError, "`mistral4` are not supported", check_architecture, outer)
         check_architecture(CONFIG_MAPPING["llama"]())
 
+    def test_tables_of_n_grams(self):
+        config = CONFIG_MAPPING["qwen4_exp"](text_config={"ple_layer_ids": [1]})
+        self.assertRaisesRegex(ValueError, "table of hashed n-grams are not supported", check_architecture, config)
+        check_architecture(CONFIG_MAPPING["qwen4_exp"]())
+
 
 @require_torch
 @require_accelerate

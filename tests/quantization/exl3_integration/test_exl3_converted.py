@@ -37,10 +37,14 @@ from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.testing_utils import require_accelerate, require_torch
 
-from .synthetic import SyntheticCheckpoint, random_linear
+from .synthetic import SyntheticCheckpoint, random_linear, read_tensors
 from .tiny_models import TEXT, tiny_inputs, tiny_model
 
 
+KIMI = TEXT | {"num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+KIMI |= {"qk_nope_head_dim": 32, "linear_head_dim": 32, "linear_num_heads": 4, "num_experts": 4}
+KIMI |= {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
+KIMI |= {"layer_types": ["linear_attention", "full_attention"]}
 IDS = torch.arange(3, 24).view(3, 7)
 STEP_EXPERTS = "model.language_model.layers.1.mlp.experts"
 
@@ -226,6 +230,39 @@ class Exl3ConvertedTest(unittest.TestCase):
         checkpoint.tensors[f"{prefix}.None.weight"] = torch.cat([checkpoint.tensors.pop(part) for part in parts])
         model = self.assert_loads(checkpoint)
         self.assertIsInstance(model.model.layers[0].linear_attn.v_proj, Exl3Linear)
+
+    def test_dimensions_of_size_one_that_are_left_out(self):
+        """`A_log` of Kimi-Linear, four numbers of `[1, 1, 4, 1]`."""
+        config = CONFIG_MAPPING["kimi_linear"](**KIMI)
+        checkpoint = SyntheticCheckpoint(random_model(config))
+        checkpoint.quantize_all("o_proj")
+        (name,) = [name for name in checkpoint.tensors if name.endswith("A_log")]
+        checkpoint.tensors[name] = checkpoint.tensors[name].flatten()
+        self.assert_loads(checkpoint)
+
+    @parameterized.expand(
+        [
+            # Upstream saves its dense layers under the name that only its mixtures have in files.
+            ("kimi_linear", lambda name: name.replace("layers.0.block_sparse_moe", "layers.0.mlp"), "mlp"),
+            # Upstream saves it with a prefix that files do not have, and norms by the wrong one of two names.
+            ("deepseek_v4", lambda name: name.removeprefix("model.").replace("attn.norm", "attn.kv_norm"), "wo_b"),
+        ]
+    )
+    def test_names_of_files_are_saved_again(self, architecture, in_files, match):
+        config = CONFIG_MAPPING["kimi_linear"](**KIMI) if architecture == "kimi_linear" else deepseek_config()
+        checkpoint = SyntheticCheckpoint(random_model(config))
+        for tensors in (checkpoint.tensors, checkpoint.dense):
+            for name in [name for name in tensors if in_files(name) != name]:
+                tensors[in_files(name)] = tensors.pop(name)
+        checkpoint.quantize_all(match)
+        self.assert_loads(checkpoint)
+        self.assertEqual(read_tensors(os.path.join(self.folder, "again")).keys(), checkpoint.tensors.keys())
+        again = os.path.join(self.folder, "on_the_fly")
+        AutoModelForCausalLM.from_pretrained(
+            os.path.join(self.folder, "dense"), quantization_config=Exl3Config(bits=1, effort="fast")
+        ).save_pretrained(again)
+        names = {name.rpartition(".")[0] for name in read_tensors(again)}
+        self.assertEqual(names, {name.rpartition(".")[0] for name in checkpoint.dense})
 
     def test_plain_weights_beside_their_quantized_parts_give_way(self):
         model, auto = tiny_model("qwen2_5_vl")

@@ -178,6 +178,16 @@ PLAIN_LAYERS = {
         | {"moe_intermediate_size": 64, "mlp_layer_types": ["dense"], "index_head_dim": 32, "index_n_heads": 2},
         {"self_attn.kv_b_proj", "self_attn.indexer.wk", "self_attn.indexer.weights_proj"},
     ),
+    "qwen4_exp_text": (
+        {**ONE_KIND, **EXPERTS, **DELTA, "shared_expert_intermediate_size": 64, "hc_count": 2, "hc_lowrank": 160},
+        {"linear_attn.in_proj_a", "linear_attn.in_proj_b", "mlp.shared_expert_gate"}
+        | {f"hyper_connection_mixer.input_mix_weight_{side}" for side in ("down", "up")}
+        | {
+            f"{block}_hyper_connection.{name}"
+            for block in ("attn", "mlp")
+            for name in ("input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
+        },
+    ),
     "lfm2_vl": (
         {
             "text_config": {**ONE_LAYER, "model_type": "lfm2", "layer_types": ["conv"]},

@@ -27,7 +27,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | experts, embeddings                            | the same of mixtures and of tables                                     |
 | data_parallel                                  | replicas that are trained together                                     |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
-| restoring, plain_layers                        | what checkpoints lack; which layers are not quantized on the fly       |
+| naming, restoring, plain_layers                | names in files; what these lack; which layers are not quantized        |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
 | quantizing                                     | a float model's tensors on their way                                   |

@@ -90,7 +90,7 @@ def expert_sizes(module: nn.Module) -> tuple[int, int, int]:
 
 
 def check_architecture(config):
-    """Raise `ValueError` for architectures whose checkpoints hold weights that have to be corrected."""
+    """Raise `ValueError` for architectures whose checkpoints hold weights that have to be corrected, or tables in another format."""
     for model_type in {config.model_type, config.get_text_config().model_type}:
         if model_type in FOLDED_ARCHITECTURES:
             raise ValueError(
@@ -98,6 +98,13 @@ def check_architecture(config):
                 f"in ({FOLDED_ARCHITECTURES[model_type]}), which this loader does not take out. Load the original checkpoint "
                 "and quantize it on the fly with `Exl3Config`."
             )
+    text = config.get_text_config()
+    if getattr(text, "ple_layer_ids", None):
+        raise ValueError(
+            f"EXL3 checkpoints of the architecture `{text.model_type}` with a table of hashed n-grams are not supported: the "
+            "converter writes the table in a format of its own, to a file of its own. Load the original checkpoint and quantize "
+            "it on the fly with `Exl3Config`, which leaves the table as it is."
+        )
 
 
 def part_sizes(fused: nn.Module, parent: nn.Module, config, parts: int, stored: list[int] | None = None):

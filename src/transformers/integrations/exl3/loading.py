@@ -22,6 +22,7 @@ What happens to the tensors of a checkpoint on their way into a model: the names
 | a float checkpoint              | quantized modules, pending   | `Exl3Quantize` in quantizing.py                        |
 """
 
+import re
 from collections import defaultdict
 from concurrent.futures import Future
 
@@ -45,6 +46,7 @@ from .checkpoint import cut_columns
 from .embeddings import Exl3Embedding
 from .experts import Exl3Experts, Exl3StackedLinear
 from .modules import Exl3Module, local
+from .naming import Exl3FileNames, names_in_files
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
@@ -331,14 +333,15 @@ class Exl3Make(ConversionOps):
 
 
 class Exl3Unpad(Exl3Make):
-    """Cuts the padding off a tensor that the format pads without quantizing it, and transposes it back."""
+    """Gives a plain tensor the shape that the model has: without the format's padding, transposed back, with dimensions of size 1."""
 
     def made(self, tensors, parameter):
         (tensor,) = tensors.values()
         placement = self.hf_quantizer.placement
         tensor = tensor.T if parameter in placement.transposed else tensor
-        shape = placement.model.get_parameter(parameter).shape
+        shape = placement.model.get_parameter_or_buffer(parameter).shape
         dtype = self.hf_quantizer.float_dtype
+        tensor = tensor.view(shape) if tensor.numel() == shape.numel() else tensor
         return {parameter: tensor[tuple(slice(size) for size in shape)].to(dtype).contiguous()}
 
 
@@ -411,8 +414,8 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         saving = _reversed_converters([entry])
         if any(apply_converters(name, saving)[1] for name in plain_names):
             entry._was_used = True
-    spelled = [Exl3Names(placement.spelled)]
     is_plain = hf_quantizer.quantization_config.dequantize
+    spelled = [_file_names(placement, is_plain, weight_conversions), Exl3Names(placement.spelled)]
     decoded = placement.modules if is_plain else placement.decoded
     targets = {
         name: _first_plain_parameter(placement, path) for name, (path, _, _) in tensors.items() if path in decoded
@@ -441,6 +444,20 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
     stored = Exl3Stored(kept, placement.model, weight_conversions)
     return [*spelled, *converters, *weight_conversions, Exl3Names(names), Exl3Stacks(stacks), stored]
+
+
+def _file_names(placement, is_plain: bool, weight_conversions: list[WeightTransform]) -> Exl3FileNames:
+    """What brings back the names of an EXL3 checkpoint, of which those of quantized modules are kept by `Exl3Names`."""
+    kept = (
+        set() if is_plain else {name for name, (path, _) in placement.layers.items() if path not in placement.decoded}
+    )
+    decoded = {re.sub(r"\.slice\.\d+$", "", name) for name in placement.layers.keys() - kept}
+    plain = {*placement.checkpoint.others, *(f"{name}.weight" for name in decoded)}
+    model = placement.model
+    kept = {f"{name}.weight" for name in kept}
+    return Exl3FileNames(
+        names_in_files(plain | kept, weight_conversions, model.base_model_prefix, placement.plain, kept)
+    )
 
 
 def _first_plain_parameter(placement, path: str) -> str:

@@ -65,6 +65,10 @@ RESHAPING = (Chunk, Concatenate, MergeModulelist, SplitModulelist)
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
 
 
+def _without_ones(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
 class Placement:
     """
     The quantized modules of a checkpoint, built for a model and not yet put into it.
@@ -79,7 +83,9 @@ class Placement:
         modules (`dict[str, Exl3Module]`): By path in the model, what has to stand there.
         layers (`dict[str, tuple[str, str]]`): Module name in the checkpoint to the path of the module in the model that it belongs
             to, and the layer's name there, as `Exl3Module.layer` takes it.
-        padded (`dict[str, str]`): Tensor name in the checkpoint to the model's parameter, for tensors stored with padding.
+        padded (`dict[str, str]`): Tensor name in the checkpoint to the model's parameter, for tensors stored with padding, or without
+            the dimensions of size 1 that the model has.
+        plain (`dict[str, torch.Tensor]`): The model's state before modules are replaced.
         tied_head (`str` or `None`): Path in the model of a head that is decoded from the quantized input embeddings.
         superseded (`dict[str, str]`): Tensor name in the checkpoint to module in the model, for plain weights that stand beside
             the quantized parts of the same module: the codes count.
@@ -110,7 +116,7 @@ class Placement:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-        self._plain = model.state_dict()
+        self.plain = model.state_dict()
         self._paths = dict(model.named_modules())
         composites = defaultdict(dict)
         for name in checkpoint.linears:
@@ -133,7 +139,7 @@ class Placement:
 
     def _renamed(self, tensor: str) -> tuple[str, str | None]:
         """What the loader calls a tensor of the checkpoint, and the pattern of the converter that it goes through, if any."""
-        prefix, plain = self.model.base_model_prefix, self._plain
+        prefix, plain = self.model.base_model_prefix, self.plain
         renamed, pattern = rename_source_key(tensor, self._renamings, self._converters, prefix, plain)
         if renamed not in plain and tensor in plain:  # a model's own name, which patterns for files match by chance
             return rename_source_key(tensor, [], [], prefix, plain)
@@ -408,14 +414,14 @@ class Placement:
         prefix, present = self.model.base_model_prefix, set()
         for name, tensor in self.checkpoint.others.items():
             renamed, pattern = self._renamed(name)
-            if renamed not in self._plain:
+            if renamed not in self.plain:
                 renamed, pattern = self._respelled(name, tensor) or (renamed, pattern)
             owner, _, leaf = renamed.rpartition(".")
             if owner in self.modules and leaf in dict(self.modules[owner].plain.named_parameters(recurse=False)):
                 self.superseded[name] = owner
                 continue
             present.add(renamed)
-            plain = self._plain.get(renamed, tensor)
+            plain = self.plain.get(renamed, tensor)
             if plain.is_floating_point() != tensor.is_floating_point():
                 self._problems.append(f"{name} is {tensor.dtype}, and the model's {renamed} is {plain.dtype}")
             elif pattern is not None:
@@ -423,9 +429,10 @@ class Placement:
                 present.update(renamed.replace(targets[0], target) for target in targets)
             elif plain.shape != tensor.shape:
                 shape = plain.shape
-                if [format.padded(size) for size in shape[:2]] == [
-                    format.padded(size) for size in tensor.shape[:2]
-                ] and all(size in (wanted, format.padded(wanted)) for size, wanted in zip(tensor.shape, shape)):
+                if _without_ones(shape) == _without_ones(tensor.shape) or (
+                    [format.padded(size) for size in shape[:2]] == [format.padded(size) for size in tensor.shape[:2]]
+                    and all(size in (wanted, format.padded(wanted)) for size, wanted in zip(tensor.shape, shape))
+                ):
                     self.padded[name] = renamed
         head = self.model.get_output_embeddings()
         base = getattr(self.model, prefix, self.model) if prefix else self.model
@@ -448,15 +455,15 @@ class Placement:
         self.lacking += [
             name
             for name, _ in self.model.named_buffers()
-            if name in self._plain and name not in present and name.rpartition(".")[0] not in self.modules
+            if name in self.plain and name not in present and name.rpartition(".")[0] not in self.modules
         ]
 
     def _respelled(self, name: str, tensor: torch.Tensor) -> tuple[str, str | None] | None:
         """What the loader would call a tensor if the converter had written the name of the source, None where it is no such."""
         source = re.sub(r"\.(weight|bias)$", r"_\1", name)
         renamed, pattern = self._renamed(source)
-        if renamed in self._plain:
-            wanted = self._plain[renamed].shape
+        if renamed in self.plain:
+            wanted = self.plain[renamed].shape
             # With the tower the converter writes its projection as a linear layer has it.
             is_tower = any("vision" in path for path in self.modules)
             if tensor.dim() == 2 and tensor.shape == wanted[::-1] and (tensor.shape != wanted or is_tower):
@@ -471,7 +478,7 @@ class Placement:
         taken = {self._renamed(other)[0] for other in self.checkpoint.others}
         fitting = [
             path
-            for path, parameter in self._plain.items()
+            for path, parameter in self.plain.items()
             if re.fullmatch(rf"{re.escape(parent)}\.\w+\.{leaf}", path)
             and parameter.shape == tensor.shape
             and path not in taken

@@ -21,7 +21,7 @@ from .architecture import is_linear, linear_sizes
 
 
 # Modules by what they are called, one of a path's components: they choose experts, or turn patches of an image into rows.
-CONTROLS = re.compile(r"(?:^|\.)(?:gate|router|\w*patch_?(?:embed|merge)\w*)(?:\.|$)")
+CONTROLS = re.compile(r"(?:^|\.)(?:gate|router|\w*hyper_connection\w*|\w*patch_?(?:embed|merge)\w*)(?:\.|$)")
 
 # Layers whose weights models read themselves: of MLA and of Mamba.
 READ_BY_MODELS = ("kv_b_proj", "dt_proj")

@@ -43,7 +43,9 @@ from .architectures import ROWS, VOCAB, Row
 
 
 TOLERANCE = 2e-5  # largest difference, of the root mean square
-CODES = (".trellis", ".suh", ".svh", ".mul1")
+TWICE = re.compile(
+    r"\.attn\.qkv\.(weight|bias)$"
+)  # the converter leaves these of towers beside the parts it quantizes
 _inputs = {"input_ids": torch.randint(3, VOCAB - 10, (2, 9), generator=torch.Generator().manual_seed(1))}
 
 
@@ -189,16 +191,17 @@ class Case:
         wrong |= {name for name in both if difference(plain[name], expected[name]) > TOLERANCE}
         self.note("weights and buffers", f"differ: {in_short(wrong)[:8]}" if wrong else "")
         quantized.save_pretrained(self.path("resaved"))
-        old, new = (
-            {name: t for name, t in exllamav3.read_folder(self.path(folder)).items() if name.endswith(CODES)}
-            for folder in ("exl3", "resaved")
+        old, new = (exllamav3.read_folder(self.path(folder)) for folder in ("exl3", "resaved"))
+        extra = new.keys() - old.keys() - exllamav3.read_folder(self.path("source")).keys()  # constants that were lost
+        lost = {name for name in old.keys() - new.keys() if not name.startswith(self.conversion.beside)}
+        extra, lost = (
+            {name for name in names if not (pattern and re.search(pattern, name))}
+            for names, pattern in ((extra, self.row.lost), (lost, TWICE))
         )
-        extra = new.keys() - old.keys()
-        lost = {name for name in old.keys() - new.keys() if name.rpartition(".")[0] in self.conversion.of_text}
-        changed = {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
+        changed = {name for name in old.keys() & new.keys() if not _same(old[name], new[name])}
         listed = {name for name in extra | lost if self.row.differs and re.search(self.row.differs, name)}
         wrong = in_short((extra | lost | changed) - listed)
-        self.note("saved again", f"other names or bytes: {wrong[:8]}" if wrong else "", listed and self.row.why)
+        self.note("saved again", f"other names or values: {wrong[:8]}" if wrong else "", listed and self.row.why)
         again = self.load("resaved")
         if difference(again(**_inputs).logits, quantized(**_inputs).logits) > TOLERANCE:
             self.note("saved again", "loads as another model")
@@ -244,6 +247,11 @@ class Case:
         )
 
 
+def _same(stored: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether both have the same numbers. Plain tensors were loaded in float32, and the converter drops dimensions of size 1."""
+    return torch.equal(stored.flatten().to(saved.dtype), saved.flatten())
+
+
 def _untied(config):
     """`config` with no head that is tied to embeddings, at any depth."""
     if not isinstance(config, dict):
@@ -254,13 +262,13 @@ def _untied(config):
 def table(cases: list[dict]) -> str:
     """The matrix of what was found, a line for each architecture."""
     columns = list(dict.fromkeys(what for case in cases for what in case["found"]))
-    width = max(len(case["architecture"]) for case in cases)
+    width = max(len(case["name"]) for case in cases)
     lines = [f"{'':{width}}  {'  '.join(columns)}"]
     for case in cases:
         words = {what: "ok" if found == "ok" else "listed" for what, found in case["found"].items()}
         words |= {problem.partition(":")[0]: "WRONG" for problem in case["problems"]}
         cells = "  ".join(f"{words.get(what, ''):{len(what)}}" for what in columns)
-        lines.append(f"{case['architecture']:{width}}  {cells}".rstrip())
+        lines.append(f"{case['name']:{width}}  {cells}".rstrip())
         lines += [f"    {problem}" for problem in case["problems"]]
         lines += [f"    {what}: {found}" for what, found in case["found"].items() if words[what] == "listed"]
     return "\n".join(lines)
@@ -275,11 +283,11 @@ def main():
     transformers.logging.disable_progress_bar()
     cases = []
     for row in ROWS:
-        if not arguments.architectures or row.architecture in arguments.architectures:
+        if not arguments.architectures or {row.architecture, row.name} & {*arguments.architectures}:
             with tempfile.TemporaryDirectory() as folder:
                 case = Case(row, folder).run()
-            cases.append({"architecture": row.architecture, "found": case.found, "problems": case.problems})
-            print(row.architecture, case.problems or "ok", file=sys.stderr, flush=True)
+            cases.append({"name": row.name, "found": case.found, "problems": case.problems})
+            print(row.name, case.problems or "ok", file=sys.stderr, flush=True)
     print(table(cases))
     if arguments.json:
         known = sorted(name for name in exllamav3.ARCHITECTURES if hasattr(transformers, name))

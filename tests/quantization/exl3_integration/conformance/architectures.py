@@ -84,6 +84,18 @@ GEMMA4 |= {"vocab_size_per_layer_input": VOCAB}
 GEMMA4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 
 
+def like(layer: str, other: str, **more) -> Callable[[dict], dict]:
+    """Shapes of tensors under the name `other` as those of `layer`, and `more`, under it too."""
+
+    def shapes(tensors):
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(layer)}
+        return {name.replace(layer, other, 1): shape for name, shape in found.items()} | {
+            other + name.replace("__", "."): shape for name, shape in more.items()
+        }
+
+    return shapes
+
+
 @dataclass
 class Row:
     """
@@ -92,9 +104,11 @@ class Row:
     Args:
         architecture (`str`): The class, as both sides call it.
         fields (`dict`): Of its config.
+        variant (`str`, *optional*): What sets the row apart from others of the same architecture.
         config (`Callable`, *optional*): Gives config.json, changed in place, what exllamav3 reads and Transformers 5 writes otherwise.
         names (`Callable`, *optional*): From a name that Transformers 5 saves to the one that the Hub's files have.
         transposed (`str`, *optional*): Pattern for tensors that the Hub's files have transposed.
+        adds (`Callable`, *optional*): Shapes of tensors that the Hub's files have and Transformers does not save, from those that it does.
         processor (`dict`, *optional*): Contents of preprocessor_config.json.
         vision_bits (`int`, *optional*): Of exllamav3's converter; its default where not given.
         lost (`str`, *optional*): Pattern for tensors that the converter drops; they are zero then, with a warning.
@@ -109,6 +123,7 @@ class Row:
     config: Callable[[dict], None] | None = None
     names: Callable[[str], str] | None = None
     transposed: str | None = None
+    adds: Callable[[dict], dict] | None = None
     processor: dict = field(default_factory=dict)
     vision_bits: int | None = None
     lost: str | None = None
@@ -116,6 +131,11 @@ class Row:
     differs: str | None = None
     why: str = ""
     unreadable: str | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture} ({self.variant})" if self.variant else self.architecture
 
 
 def sets(**fields) -> Callable[[dict], None]:
@@ -148,8 +168,37 @@ def nemotron(config):
     config |= {"hybrid_override_pattern": "ME*-", "num_hidden_layers": 4}
 
 
+def kimi(config):
+    kinds = {"kda_layers": "linear_attention", "full_attn_layers": "full_attention"}
+    config["linear_attn_config"] = {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4} | {
+        name: [i + 1 for i, kind in enumerate(config["layer_types"]) if kind == of] for name, of in kinds.items()
+    }
+    config |= {"first_k_dense_replace": 1, "num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1}
+
+
+def qwen4(config):
+    config["text_config"] |= {
+        "layer_types": DELTA["layer_types"],
+        "num_experts": 4,
+        "ple_embed_dim": 320,
+        "ngram_size": 3,
+    }
+    config["text_config"] |= {"heads_per_ngram": 1}
+    config["vision_config"]["deepstack_visual_indexes"] = []
+
+
 OLD_TOWER = "exllamav3 knows the tower by the `model_type` of older files, Transformers 5 writes its own"
+INDEXED = "exllamav3 knows the layers with an indexer as `full_attention`, Transformers 5 writes `indexed_attention`"
 QWEN = images("Qwen2VLImageProcessorFast")
+QWEN4 = {
+    "text_config": text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, head_dim=32, **MOE, **DELTA)
+    | {"hc_count": 2, "hc_lowrank": 16, "output_gate_type": "sigmoid", "indexer_n_heads": 2, "indexer_kv_heads": 1}
+    | {"indexer_head_dim": 32, "indexer_budget": 8, "indexer_compress_ratio": 4},
+    "vision_config": QWEN3_TOWER,
+    **QWEN_TOKENS,
+}
+NGRAMS = {"ple_layer_ids": [1], "ple_embed_dim": 320, "ngram_size": 3, "heads_per_ngram": 1, "split_ngram_parts": 2}
+NGRAMS |= {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8}
 ROWS = [
     Row("AfmoeForCausalLM", text(num_hidden_layers=4, head_dim=32, **MOE, num_shared_experts=1, num_dense_layers=1)),
     Row("ApertusForCausalLM", text()),
@@ -233,6 +282,8 @@ ROWS = [
         names=lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
         processor=images("Gemma3ImageProcessor", size={"height": 56, "width": 56}, image_seq_length=4),
         vision_bits=6,
+        differs=r"mm_input_projection\.weight",
+        why="exllamav3 writes `mm_input_projection_weight` as the weight of a linear layer; here it has its own name again",
     ),
     Row(
         "Glm4vForConditionalGeneration",
@@ -339,8 +390,8 @@ ROWS = [
         names=lambda name: name.replace("attention_layer_norm", "input_layernorm").replace(
             "feedforward_layer_norm", "post_attention_layernorm"
         ),
-        differs=r"linear_attn\.(in_proj_qkv|q_proj|k_proj|v_proj)",
-        why="exllamav3 writes query, key and value as one layer, the model has three",
+        differs=r"linear_attn\.(in_proj_qkv|q_proj|k_proj|v_proj|None|conv1d)(\.|$)",
+        why="exllamav3 writes query, key and value as one layer, and forgets the name of their convolution; the model has three",
         unreadable="exllamav3 cannot read its own checkpoints of this architecture either",
     ),
     Row(
@@ -352,20 +403,90 @@ ROWS = [
         nemotron,
         unreadable="exllamav3 knows kinds of blocks by the letters of older files, Transformers 5 writes names",
     ),
+    Row(
+        "DeepseekV4ForCausalLM",
+        {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+        | {"head_dim": 64, "q_lora_rank": 128, "num_experts_per_tok": 2, "n_routed_experts": 4, "vocab_size": VOCAB}
+        | {"max_position_embeddings": 512, "o_groups": 2, "o_lora_rank": 64, "qk_rope_head_dim": 16}
+        | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 8, "sliding_window": 64, "pad_token_id": 0}
+        | {"num_nextn_predict_layers": 0, "mlp_layer_types": ["hash_moe", "moe", "moe"]}
+        | {"layer_types": [f"{kind}_attention" for kind in ("heavily_compressed", "compressed_sparse", "sliding")]},
+        sets(num_hash_layers=1, compress_ratios=[128, 4, 0]),
+        names=lambda name: (
+            name.removeprefix("model.")
+            .replace("embed_tokens", "embed")
+            .replace("hc_head.hc_", "hc_head_")
+            .replace(".attn.norm.", ".attn.kv_norm.")
+        ),
+        differs=r"wo_a(\.|$)|compressor\.(wgate|wkv)$",
+        why="groups of `wo_a` are dequantized, since the model's own class multiplies with them; Transformers keeps compressors in "
+        "float32",
+        unreadable="exllamav3 wants `compress_ratios` and `num_hash_layers`, which Transformers 5 writes as kinds of layers",
+    ),
+    Row(
+        "KimiLinearForCausalLM",
+        text(num_key_value_heads=4, **MLA | {"q_lora_rank": None}, **MOE, n_shared_experts=1)
+        | {"linear_head_dim": 32, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse"]}
+        | {"layer_types": DELTA["layer_types"], "n_group": 1},
+        kimi,
+        names=lambda name: re.sub(r"block_sparse_moe\.(\w+_proj\.)", r"mlp.\1", name),
+        differs=r"self_attn\.(qkv|q|k|v)_proj",
+        why="exllamav3 writes query, key and value as one layer, the model has three",
+        unreadable="exllamav3 reads query, key and value quantized as one layer only",
+    ),
+    Row(
+        "MuseGlimmerForConditionalGeneration",
+        {
+            "text_config": text(intermediate_size=256, head_dim=32, num_hidden_layers=3, sliding_window=64)
+            | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+            | {"layer_rope_theta": [1e4, 1e4, 0.0]},
+            "vision_config": TOWER
+            | {"patch_size": 14, "pos_emb_height": 4, "pos_emb_width": 4}
+            | {"layer_types": ["window_attention", "full_attention"]},
+            "image_token_id": 95,
+            "video_token_id": 94,
+            "out_hidden_size": 512,
+            "projector_hidden_size": 128,
+        },
+        processor=images("MuseGlimmerImageProcessor", patch_size=14, max_image_tokens=16),
+    ),
+    Row(
+        "Gemma4UnifiedForConditionalGeneration",
+        {"text_config": {name: value for name, value in GEMMA4.items() if "per_layer" not in name}, **GEMMA4_TOKENS}
+        | {
+            "vision_config": {"mm_embed_dim": 128, "output_proj_dims": 128, "patch_size": 16, "pooling_kernel_size": 3}
+        },
+        lambda config: (gemma4(config), config["vision_config"].update(model_patch_size=48)),
+        processor=images("Gemma4ImageProcessor", do_convert_rgb=True, max_soft_tokens=16, pooling_kernel_size=3),
+        unreadable="exllamav3 wants `model_patch_size` of the tower, which Transformers computes and does not write",
+    ),
+    Row(
+        "Qwen4ExpForConditionalGeneration",
+        QWEN4 | {"text_config": QWEN4["text_config"] | NGRAMS},
+        qwen4,
+        processor=QWEN,
+        refused="with a table of hashed n-grams are not supported",
+        differs=r"\.ple\.",
+        why="exllamav3 leaves the projections of n-grams alone; it reads them quantized, too",
+        unreadable=INDEXED,
+    ),
+    Row(
+        "Qwen4ExpForConditionalGeneration",
+        QWEN4,
+        qwen4,
+        variant="without n-grams",
+        processor=QWEN,
+        unreadable=INDEXED,
+    ),
 ]
 
 # Architectures that both have and that are in no row, with the reason.
 NOT_HELD = {
-    "DeepseekV4ForCausalLM": "its files have other names than those that Transformers saves: no row yet",
     "Gemma3ForCausalLM": "exllamav3 reads it only from files of the model for images",
     "Gemma4AssistantForCausalLM": "a draft model for speculative decoding, which exllamav3 does not convert",
-    "Gemma4UnifiedForConditionalGeneration": "no row yet",
     "Glm5NextForConditionalGeneration": "exllamav3 needs layers for speculative decoding that Transformers does not save",
     "GptOssForCausalLM": "exllamav3 converts it from MXFP4 alone; the tests have a checkpoint of it",
-    "KimiLinearForCausalLM": "no row yet",
     "MuseGlimmerAssistantModel": "a draft model for speculative decoding, which exllamav3 does not convert",
-    "MuseGlimmerForConditionalGeneration": "no row yet",
     "NemotronH_Omni_Reasoning_V3": "its config on the Hub is another than that of Transformers",
-    "Qwen4ExpForConditionalGeneration": "no row yet",
     "Step3p7ForConditionalGeneration": "its config on the Hub is another than that of Transformers; quantized towers are refused",
 }

@@ -101,6 +101,7 @@ class Conversion:
         if vision_bits == 16:
             self.vision = None
         self.vision_bits, self.decoded, self.of_text = vision_bits, {}, set()
+        self.beside = tuple(f"{module.key}." for module in self.mtp.modules) if self.mtp else ()
 
     def _part(self, name):
         return Model.from_config(self.config, component=name) if name in self.config.model_classes else None

@@ -46,11 +46,11 @@ class Exl3ConformanceTest(unittest.TestCase):
                 found = json.load(file)
         print(done.stdout)
         cls.known = set(found["known"])
-        cls.cases = {case["architecture"]: case for case in found["cases"]}
+        cls.cases = {case["name"]: case for case in found["cases"]}
 
-    @parameterized.expand([row.architecture for row in ROWS])
-    def test_architectures(self, architecture):
-        self.assertEqual(self.cases[architecture]["problems"], [])
+    @parameterized.expand([row.name for row in ROWS])
+    def test_rows(self, name):
+        self.assertEqual(self.cases[name]["problems"], [])
 
     def test_each_architecture_that_both_have_is_in_a_row(self):
         rows = {row.architecture for row in ROWS}
@@ -58,4 +58,4 @@ class Exl3ConformanceTest(unittest.TestCase):
         self.assertEqual(
             NOT_HELD.keys() - self.known | NOT_HELD.keys() & rows, set(), "not held, and it is or cannot be"
         )
-        self.assertEqual(len(rows), len(ROWS), "an architecture has several rows")
+        self.assertEqual(len({row.name for row in ROWS}), len(ROWS), "several rows have one name")

@@ -1,0 +1,93 @@
+# Copyright 2026 The HuggingFace Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What tensors are called in files, where upstream's renamings do not lead back to it: they are saved by these names again."""
+
+import copy
+from collections.abc import Container, Iterable
+
+from torch import Tensor
+
+from ...core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_renamings,
+    rename_source_key,
+)
+
+
+class Exl3FileNames(WeightRenaming):
+    """
+    Does nothing on loading, and on saving, after all of upstream's renamings, gives tensors the names that files had.
+
+    Args:
+        names (`dict[str, str]`): By the name that upstream would save it by, the name of a tensor in the files; that of a `weight`
+            stands for its module.
+    """
+
+    __slots__ = ("names", "on_loading")
+
+    def __init__(self, names: dict[str, str], on_loading: bool = True):
+        super().__init__("exl3 file names", "exl3 file names")  # with spaces: patterns that match no tensor
+        self.names, self.on_loading = names, on_loading
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        owner, dot, leaf = source_key.rpartition(".")
+        name, weight = self.names.get(source_key), self.names.get(f"{owner}.weight")
+        if self.on_loading or not (name or weight):
+            return source_key, None
+        return name or weight.removesuffix("weight") + leaf, self.source_patterns[0]
+
+    def was_used(self) -> bool:
+        return True
+
+    def reverse_transform(self) -> "Exl3FileNames":
+        return Exl3FileNames(self.names, on_loading=False)
+
+
+def names_in_files(
+    names: Iterable[str],
+    transforms: list[WeightTransform],
+    prefix: str,
+    parameters: dict[str, Tensor],
+    kept: Container[str] = (),
+) -> dict[str, str]:
+    """
+    The names in files that saving would not bring back: where upstream renames two to one, or finds the prefix of the base model
+    missing.
+
+    Args:
+        names (`Iterable[str]`): Of tensors in the files.
+        transforms (`list[WeightTransform]`): Upstream's.
+        prefix (`str`): Of the base model.
+        parameters (`dict[str, torch.Tensor]`): The model's, which tell whether the prefix is added or removed.
+        kept (`Container[str]`, *optional*): Those of `names` that are saved without it if the files have them without.
+
+    Returns:
+        `dict[str, str]`: By the name that upstream would save it by, the name in the files.
+    """
+    transforms = copy.deepcopy(transforms)  # they remember whether they were used
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    inside = {}
+    for name in sorted(names):
+        inside[name] = renamed = apply_renamings(name, renamings)
+        if prefix and name not in kept:
+            target, _ = rename_source_key(name, renamings, converters, prefix, parameters)
+            bare = renamed.removeprefix(f"{prefix}.")
+            inside[name] = f"{prefix}.{bare}" if target.startswith(f"{prefix}.") else bare
+    back = [entry.reverse_transform() for entry in renamings[::-1] if entry.was_used()]
+    saved = {name: apply_renamings(renamed, back) for name, renamed in inside.items()}
+    return {other: name for name, other in saved.items() if other != name}
