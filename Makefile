@@ -29,7 +29,7 @@ help:
 	@echo "make lint                   check style, here and in the patched tree of upstream's"
 	@echo "make style                  put the style right"
 	@echo "make refresh                bring the installed package up to date after an edit"
-	@echo "make export CHECKOUT=...    patch a checkout of upstream's in place"
+	@echo "make export CHECKOUT=...    patch a checkout of upstream's in place, EXPORT=full with all that is here"
 	@echo "make hub-kernel             write the compiled kernels as a kernel of the hub's, to build/hub-kernel"
 
 $(BIN)/python:
@@ -107,7 +107,7 @@ lint: $(VENV)/.tools
 	$(BIN)/python utils/patchset/tests/upstreams.py $(UPSTREAM)
 	rm -rf build/lint && cp -R $(UPSTREAM_TREE) build/lint
 	mkdir build/lint/tests/quantization  # where our tests go; PyPI's source has none
-	$(BIN)/python utils/patchset build/lint
+	$(BIN)/python utils/patchset --full build/lint
 	cd build/lint && $(abspath $(BIN))/ruff check --no-respect-gitignore $(PATCHED)
 	cd build/lint && $(abspath $(BIN))/ruff format --check --no-respect-gitignore $(PATCHED)
 
@@ -117,7 +117,7 @@ style: $(VENV)/.tools
 
 export:
 	@test -n "$(CHECKOUT)" || { echo "usage: make export CHECKOUT=<a tree of transformers $(UPSTREAM)>" >&2; exit 2; }
-	@$(PYTHON) utils/patchset "$(CHECKOUT)"
+	@$(PYTHON) utils/patchset "$(CHECKOUT)" $(if $(filter full,$(EXPORT)),--full)
 
 hub-kernel: $(VENV)/.installed
 	@$(BIN)/python utils/patchset --hub-kernel

@@ -1,6 +1,6 @@
 """Patch a checkout of Transformers, or refresh what `pip install -e .` installed.
 
-python utils/patchset CHECKOUT      patch this tree of upstream's in place, wholly or not at all
+python utils/patchset CHECKOUT      patch this tree of upstream's in place, wholly or not at all, with what a pull request has
 python utils/patchset               after an edit: bring build/tree up to date
 python utils/patchset --hub-kernel  the same, and write the compiled kernels as a project for kernel-builder
 """
@@ -21,15 +21,22 @@ def main() -> int:
         prog="python utils/patchset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", nargs="?", type=Path, help=f"the root of a tree of transformers {UPSTREAM}")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="patch it with all: the compiled kernels and this repository's own tests, too",
+    )
     parser.add_argument("--hub-kernel", action="store_true", help="write the compiled kernels as one of the hub's")
     arguments = parser.parse_args()
     checkout = arguments.checkout
     try:
         if checkout:
-            plan = tree.patch(checkout)
+            plan = tree.patch(checkout, files=None if arguments.full else tree.pull_request())
             for folder in plan.skipped:
                 print(f"skipped {folder}/: this tree has none")
-            print(f"{checkout}: {len(plan.merged)} files edited, {len(plan.added)} added")
+            print(
+                f"{checkout}: {len(plan.merged)} files edited, {len(plan.added)} added, {plan.added_lines} more lines"
+            )
         else:
             build.refresh()
             if build.is_library_stale():

@@ -5,23 +5,26 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import REPO, PatchError, hunks, merge
+from . import REPO, PatchError, hunks, imports, merge
 
 
-EXPORTED = ("src", "tests", "docs", "docker", "utils")  # laid out as upstream's tree is
+EXPORTED = ("src", "tests", "docs", "utils")  # laid out as upstream's tree is
 OWN = ("utils/patchset",)  # this repository's own, although in one of those folders
-ABSENT_FROM_PYPI = ("docs", "docker", "tests/quantization", "utils")
+# What a pull request starts from: these, and every module of ours that they import.
+PULL_REQUEST = ("src/**/*.edit.py", "tests/**/test_exl3.py", "docs/source/en/**/*")
+ABSENT_FROM_PYPI = ("docs", "tests/quantization", "utils")
 GENERATED = {"__pycache__", ".ruff_cache", ".pytest_cache"}
 EDIT = re.compile(r"\.edit(?=\.[^.]+$|$)")
 
 
 @dataclass
 class Plan:
-    """What to write: the text of merged files and the origin of new ones, by path in the tree."""
+    """What to write: the text of merged files and the origin of new ones, by path in the tree, and how many lines that adds."""
 
     merged: dict[Path, str]
     added: dict[Path, Path]
     skipped: list[str]
+    added_lines: int = 0
 
 
 def our_files(repo: Path = REPO) -> list[Path]:
@@ -39,13 +42,21 @@ def our_files(repo: Path = REPO) -> list[Path]:
     )
 
 
-def plan(tree: Path, only: str = "", repo: Path = REPO) -> Plan:
+def pull_request(repo: Path = REPO) -> list[Path]:
+    """Those of `our_files` that a pull request has: not the compiled kernels, this repository's own tests and its tools."""
+    ours = our_files(repo)
+    start = {path.relative_to(repo) for pattern in PULL_REQUEST for path in repo.glob(pattern)}
+    return sorted(imports.closure(start.intersection(ours), set(ours), repo))
+
+
+def plan(tree: Path, only: str = "", repo: Path = REPO, files: list[Path] | None = None) -> Plan:
     """Work out how to patch `tree`.
 
     Args:
         tree: The root of a tree of upstream's.
         only: Consider just our files below this folder.
         repo: The root of this repository.
+        files: Consider just these, by default all of `our_files`.
 
     Returns:
         The plan. Folders that `tree` does not have at all, and may do without, are named in `skipped`.
@@ -54,7 +65,7 @@ def plan(tree: Path, only: str = "", repo: Path = REPO) -> Plan:
         PatchError: If some file does not fit; every misfit is a line of the message.
     """
     result, misfits, absent = Plan({}, {}, []), [], [top for top in ABSENT_FROM_PYPI if not (tree / top).is_dir()]
-    for ours in our_files(repo):
+    for ours in our_files(repo) if files is None else files:
         if not ours.is_relative_to(only):
             continue
         target = _target(ours)
@@ -66,12 +77,14 @@ def plan(tree: Path, only: str = "", repo: Path = REPO) -> Plan:
             if (tree / target).exists():
                 misfits.append(f"{ours}: upstream's tree already has a file of this name")
             result.added[target] = repo / ours
+            result.added_lines += _count(repo / ours)
         elif not (tree / target).is_file():
             misfits.append(f"{ours}: upstream's tree has no {target} to edit")
         else:
             tool = merge if target.suffix == ".py" else hunks
             try:
                 result.merged[target] = tool.merge(_read(tree / target), _read(repo / ours), str(ours))
+                result.added_lines += len(result.merged[target].splitlines()) - _count(tree / target)
             except PatchError as error:
                 misfits.append(str(error))
     if misfits:
@@ -79,11 +92,11 @@ def plan(tree: Path, only: str = "", repo: Path = REPO) -> Plan:
     return result
 
 
-def patch(tree: Path, repo: Path = REPO) -> Plan:
-    """Patch `tree` in place, wholly or, on a PatchError, not at all."""
+def patch(tree: Path, repo: Path = REPO, files: list[Path] | None = None) -> Plan:
+    """Patch `tree` in place, wholly or, on a PatchError, not at all. For `files` see `plan`."""
     if not (tree / "src" / "transformers" / "__init__.py").is_file():
         raise PatchError(f"{tree}: no tree of Transformers: src/transformers/__init__.py is missing")
-    result = plan(tree, repo=repo)
+    result = plan(tree, repo=repo, files=files)
     for target, text in result.merged.items():
         write(tree / target, text)
     for target, origin in result.added.items():
@@ -101,6 +114,14 @@ def write(path: Path, text: str):
 def _read(path: Path) -> str:
     with path.open(encoding="utf-8", newline="") as file:
         return file.read()
+
+
+def _count(path: Path) -> int:
+    """Lines of a text; what is none counts as one."""
+    try:
+        return len(_read(path).splitlines())
+    except UnicodeDecodeError:
+        return 1
 
 
 def _is_edit(path: Path) -> bool:

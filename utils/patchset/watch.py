@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from patchset import REPO, UPSTREAM, PatchError, tree  # noqa: E402
+from patchset import REPO, UPSTREAM, PatchError, imports, tree  # noqa: E402
 from patchset.tests import upstreams  # noqa: E402
 
 
@@ -24,29 +24,13 @@ ROOT = "transformers"
 
 def imported(repo: Path = REPO) -> dict[str, set[str]]:
     """The names that our files import from upstream's modules, by dotted module."""
-    own, found = {}, {}
-    for path in tree.our_files(repo):
-        if path.suffix == ".py" and path.parts[0] in ("src", "tests"):
-            is_edit = ".edit" in path.name
-            module = ".".join(path.with_name(path.name.replace(".edit", "")).with_suffix("").parts[1:])
-            own[path] = module.removesuffix(".__init__")
-            if not is_edit:
-                found.setdefault(own[path], set())
-    ours = set(found)
+    files = [path for path in tree.our_files(repo) if path.suffix == ".py" and path.parts[0] in ("src", "tests")]
+    ours = {imports.module_of(path) for path in files if imports.EDIT not in path.name}
     names: dict[str, set[str]] = {}
-    for path, module in own.items():
-        package = module if path.stem.startswith("__init__") else module.rpartition(".")[0]
-        for node in ast.walk(ast.parse((repo / path).read_text("utf-8"))):
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            source = node.module or ""
-            if node.level:
-                base = package.split(".")
-                source = ".".join([*base[: len(base) - node.level + 1], *filter(None, [source])])
+    for path in files:
+        for source, imported_names in imports.imports(path, repo):
             if source.split(".")[0] == ROOT and source not in ours:
-                names.setdefault(source, set()).update(
-                    alias.name for alias in node.names if f"{source}.{alias.name}" not in ours
-                )
+                names.setdefault(source, set()).update(n for n in imported_names if f"{source}.{n}" not in ours)
     return names
 
 

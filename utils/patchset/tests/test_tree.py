@@ -30,8 +30,8 @@ OURS = {
     "src/transformers/new/.part.py.swp": "",
     "tests/quantization/new/test_part.py": "",
     "docs/source/_toctree.edit.yml": "@@ after a\nb\n",
-    "docker/image/Dockerfile": "ours",
-    "docker/image/Dockerfile.edit": "@@ after RUN a\nRUN b\n",
+    "docs/image/Dockerfile": "ours",
+    "docs/image/Dockerfile.edit": "@@ after RUN a\nRUN b\n",
     "utils/patchset/tool.py": "",
 }
 UPSTREAMS = {
@@ -39,7 +39,7 @@ UPSTREAMS = {
     "src/transformers/__init__.py": "T = ['p']\n",
     "tests/quantization/old/test_old.py": "",
     "docs/source/_toctree.yml": "a\n",
-    "docker/image/Dockerfile": "RUN a\n",
+    "docs/image/Dockerfile": "RUN a\n",
 }
 
 
@@ -72,9 +72,36 @@ class TreeTest(unittest.TestCase):
                 "tests/quantization/old/test_old.py": "",
                 "tests/quantization/new/test_part.py": "",
                 "docs/source/_toctree.yml": "a\nb\n",
-                "docker/image/Dockerfile": "RUN a\nRUN b\n",
+                "docs/image/Dockerfile": "RUN a\nRUN b\n",
             },
         )
+
+    def test_a_pull_request_has_what_edits_and_its_test_import(self):
+        files = {
+            "src/transformers/__init__.edit.py": "from .new import part, fast\n",
+            "src/transformers/new/__init__.py": "",
+            "src/transformers/new/fast/__init__.py": "def load():\n    from ..lazy import x\n",
+            "src/transformers/new/fast/kernel.cpp": "",
+            "src/transformers/new/lazy.py": "",
+            "src/transformers/new/tool.py": "from . import part\n",
+            "tests/quantization/new/__init__.py": "",
+            "tests/quantization/new/test_exl3.py": "from .helper import y\n",
+            "tests/quantization/new/helper.py": "",
+            "docs/source/en/page.md": "",
+            "docs/source/ar/page.md": "",
+        }
+        write(self.repo, files)
+        left_out = ["kernel.cpp", "new/tool.py", "ar/page.md"]
+        expected = {name for name in files if not any(part in name for part in left_out)}
+        expected.add("src/transformers/new/part.py")
+        self.assertEqual({str(path) for path in tree.pull_request(self.repo)}, expected)
+
+    def test_the_pull_request_of_this_repository(self):
+        files = tree.pull_request()
+        self.assertLessEqual(len(files), 60)
+        self.assertEqual({path.suffix for path in files}, {".py", ".md", ".yml"})
+        names = {path.name for path in files}
+        self.assertLessEqual({"quantizer_exl3.py", "ops.py", "hub.py", "search.py", "exl3.md", "test_exl3.py"}, names)
 
     def test_modes_are_kept(self):
         (self.tree / "setup.py").chmod(0o755)
@@ -86,7 +113,7 @@ class TreeTest(unittest.TestCase):
     def test_a_second_time_is_an_error(self):
         tree.patch(self.tree, self.repo)
         self.check_misfits(
-            "docker/image/Dockerfile.edit:1: the lines of `@@ after RUN a` are already in",
+            "docs/image/Dockerfile.edit:1: the lines of `@@ after RUN a` are already in",
             "docs/source/_toctree.edit.yml:1:",
             "setup.edit.py:1: `b=` in `setup()` is already in",
             "src/transformers/__init__.edit.py:1: `'q'` in `T` is already in",
@@ -95,10 +122,10 @@ class TreeTest(unittest.TestCase):
         )
 
     def test_folders_that_pypi_lacks_are_skipped_and_named(self):
-        for folder in ("docs", "docker", "tests/quantization"):
+        for folder in ("docs", "tests/quantization"):
             (self.tree / folder).rename(self.tree.parent / folder.replace("/", "-"))
         plan = tree.patch(self.tree, self.repo)
-        self.assertEqual(plan.skipped, ["docker", "docs", "tests/quantization"])
+        self.assertEqual(plan.skipped, ["docs", "tests/quantization"])
         self.assertFalse((self.tree / "tests/quantization").exists())
 
     def test_a_file_missing_in_a_folder_is_an_error(self):

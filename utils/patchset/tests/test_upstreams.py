@@ -1,6 +1,8 @@
 import difflib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -33,3 +35,16 @@ class UpstreamsTest(unittest.TestCase):
             for release in RELEASES:
                 with self.subTest(release):
                     self.assertEqual(added_lines(upstreams.fetch(release), Path(folder, release)), expected)
+
+    def test_a_pull_request_passes_its_tests_without_compiled_kernels(self):
+        with tempfile.TemporaryDirectory() as folder:
+            patched = Path(shutil.copytree(upstreams.fetch(UPSTREAM), Path(folder, "patched")))
+            (patched / "tests" / "quantization").mkdir()
+            plan = tree.patch(patched, files=tree.pull_request())
+            self.assertEqual(plan.skipped, ["docs"])
+            self.assertFalse([path for path in patched.rglob("exl3/**/*") if path.is_file() and path.suffix != ".py"])
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/quantization"]
+            environment = os.environ | {"PYTHONPATH": "src", "RUN_SLOW": "0"}
+            done = subprocess.run(command, cwd=patched, env=environment, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertRegex(done.stdout, r"\d{2} passed")
