@@ -97,6 +97,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs
     ):
         from ..integrations.exl3 import replace_with_exl3_modules
+        from ..integrations.exl3.finished import layers
 
         if self.requires_parameters_quantization:
             modules = self._plan(model, kwargs.get("device_map"))
@@ -106,8 +107,11 @@ class Exl3HfQuantizer(HfQuantizer):
         if not self.quantization_config.dequantize:
             decoded = self.placement.decoded if self.placement is not None else ()
             replace_with_exl3_modules(model, {path: m for path, m in modules.items() if path not in decoded})
+        if self.plan is not None:
+            layers().begin(model)
 
     def _plan(self, model, device_map):
+        from ..integrations.exl3.finished import layers
         from ..integrations.exl3.planning import Plan
         from ..integrations.exl3.progress import Progress
 
@@ -123,7 +127,7 @@ class Exl3HfQuantizer(HfQuantizer):
             config.converter_fields |= TIED_HEAD
         self.progress = Progress(self.plan.weights, int(config.bits), config.codebook, config.effort)
         if device_map is None or not torch.accelerator.is_available():
-            self.progress.check(torch.device("cpu"))  # elsewhere when the first weight is there
+            self.progress.check(layers().device or torch.device("cpu"))  # elsewhere when the first weight is there
         return self.plan.modules
 
     @staticmethod

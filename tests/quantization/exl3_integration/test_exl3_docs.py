@@ -16,12 +16,14 @@
 import contextlib
 import os
 import re
+import shlex
 import tempfile
 import unittest
 from pathlib import Path
 
 from parameterized import parameterized
 
+from transformers.integrations.exl3.__main__ import main as convert
 from transformers.testing_utils import require_accelerate, require_peft, require_tokenizers, require_torch
 
 from .synthetic import SyntheticCheckpoint
@@ -31,8 +33,7 @@ from .tiny_models import tiny_model
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "source"
 FLOAT, QUANTIZED = "google/gemma-3-270m", "path/to/model-exl3"
-# GGUF files and several processes have tests of their own.
-LEFT_OUT = ("gguf_file", "distributed_config")
+LEFT_OUT = ("distributed_config",)  # several processes have tests of their own
 
 
 @require_torch
@@ -63,5 +64,8 @@ class Exl3DocsTest(unittest.TestCase):
                     with self.subTest(code):
                         # Inductor takes its time and is tested elsewhere.
                         exec(code.replace("fullgraph=True", 'fullgraph=True, backend="eager"'), names)
-            self.assertIn("quantization_config.json", os.listdir("gemma-3-270m-exl3"))
+                for line in re.findall(r"^python -m transformers.integrations.exl3 (.*)$", text, re.MULTILINE):
+                    self.assertEqual(convert(shlex.split(line)), 0)
+            for made in ("gemma-3-270m-exl3", "gemma-exl3-3.5"):
+                self.assertLessEqual({"quantization_config.json", "tokenizer.json"}, {*os.listdir(made)})
             self.assertGreater(sum(parameter.requires_grad for parameter in names["model"].parameters()), 0)

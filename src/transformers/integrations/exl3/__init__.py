@@ -30,7 +30,10 @@ The files from the ground up. A file imports from the lines above its own, never
 | naming, restoring, plain_layers                | names in files; what these lack; which layers are not quantized        |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
+| finished                                       | where layers go when they are quantized: nowhere, or to files          |
 | quantizing                                     | a float model's tensors on their way                                   |
+| conversion                                     | what a conversion has of its own while it is not finished              |
+| convert                                        | a float checkpoint to an EXL3 checkpoint, in files all along           |
 
 `quantizers/quantizer_exl3.py` is policy: it asks these in the order of upstream's loading.
 """

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What a user sees of quantizing a model: a progress bar, or at once an error where it would take days."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class Progress:
 
     def __init__(self, weights: int, bits: float, codebook: str, effort: str):
         self.weights, self.bits, self.codebook, self.effort = weights, bits, codebook, effort
-        self._bar = None
+        self._bar, self._skipped = None, 0
 
     def check(self, device: torch.device):
         """Raise `RuntimeError` where weights on `device` would take too long: where no kernel searches the trellis."""
@@ -68,7 +69,13 @@ class Progress:
         if self._bar is None:
             # Below upstream's own bar, which counts the parameters.
             self._bar = logging.tqdm(
-                total=self.weights, desc="Quantizing to EXL3", unit=" weights", unit_scale=True, position=1
+                total=self.weights,
+                initial=self._skipped,
+                desc="Quantizing to EXL3",
+                unit=" weights",
+                unit_scale=True,
+                position=1,
+                mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; logs are not to be filled
             )
         self._bar.refresh()
         try:
@@ -80,6 +87,13 @@ class Progress:
         self._bar.clear()
         if self._bar.n == self.weights:
             self._bar.close()
+
+    def skip(self, weights: int):
+        """Count `weights` that were quantized before: they are done, and tell nothing of the speed."""
+        self._skipped += weights
+        if self._bar is not None:
+            for counter in ("n", "initial", "last_print_n"):
+                setattr(self._bar, counter, getattr(self._bar, counter) + weights)
 
     def close(self):
         if self._bar is not None:

@@ -21,7 +21,7 @@ from torch import nn
 from ...core_model_loading import ConversionOps
 from ...distributed.sharding_utils import _dtensor_from_local_like
 from ...distributed.utils import is_dtensor
-from . import encoder, format, ops
+from . import encoder, finished, format, ops
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts, Exl3StackedLinear
 from .loading import Exl3Stacks, Exl3Stored, own_part
@@ -110,28 +110,53 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
     expected = module.plain.get_parameter(parameter).shape
     if value.shape != expected:
         raise ValueError(f"{path}.{parameter} has the shape {list(value.shape)}, the model's is {list(expected)}")
-    made = defaultdict(list)
+    name, kept = f"{path}.{parameter}", finished.layers()
+    is_stacked = isinstance(module, Exl3Experts)
+    tensors = kept.find(name) if is_stacked else None
+    if tensors is None:
+        made, layers = _encoded(path, module, parameter, value, progress)
+        if is_stacked:
+            stacks = {tensor: torch.stack(encoded) for tensor, encoded in made.items()}
+            del made
+            tensors = kept.keep(name, stacks, layers)
+        else:
+            tensors = {tensor: encoded for tensor, (encoded,) in made.items()}
+    else:
+        views = module.plain_views(parameter, value)
+        progress.skip(sum(view.numel() for _, leaf, view in views if leaf != "bias"))
+    module.arrived(parameter)
+    return {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
+
+def _encoded(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress: Progress):
+    """
+    What a parameter becomes, as `quantize_parameter` takes it: by name in the module, the tensors of its layers, in order; and the
+    names under which the layers were kept.
+    """
+    made, names, kept = defaultdict(list), [], finished.layers()
     for layer, leaf, view in module.plain_views(parameter, value):
         linear = module.layer(layer)
         name = f"{path}.{layer}" if layer else path
         holder = module.holder(layer)
+        before = f"{holder}." if holder else ""
         if leaf == "bias":
-            made[holder, "bias"].append(_stored_bias(name, view, linear))
+            made[f"{before}bias"].append(_stored_bias(name, view, linear))
             continue
-        try:
-            with progress.shown(view.device) as update:
-                tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+        tensors = kept.find(name)
+        if tensors is None:
+            view = view.to(device=kept.device)
+            try:
+                with progress.shown(view.device) as update:
+                    tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update)
+            except ValueError as error:
+                raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+            tensors = kept.keep(name, tensors)
+        else:
+            progress.skip(view.numel())
+        names.append(name)
         for tensor, encoded in tensors.items():
-            made[holder, tensor].append(encoded)
-    module.arrived(parameter)
-    return {
-        f"{path}.{holder}.{leaf}" if holder else f"{path}.{leaf}": torch.stack(tensors)
-        if isinstance(module, Exl3Experts)
-        else tensors[0]
-        for (holder, leaf), tensors in made.items()
-    }
+            made[f"{before}{tensor}"].append(encoded)
+    return made, names
 
 
 def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Tensor:
@@ -182,7 +207,8 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.device.type != "cpu" or hasattr(parameter, "device_mesh"):
                 continue
-            if isinstance(module, (Exl3Linear, Exl3StackedLinear)) and name == "trellis":
+            is_run = not finished.layers().are_files
+            if isinstance(module, (Exl3Linear, Exl3StackedLinear)) and name == "trellis" and is_run:
                 parameter.data = ops.ordered(parameter.data)
             # Files written without padding of their header leave tensors at addresses that no vector code expects.
             if parameter.data_ptr() % parameter.element_size():
