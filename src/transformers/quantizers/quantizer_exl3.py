@@ -197,7 +197,7 @@ class Exl3HfQuantizer(HfQuantizer):
             names = Exl3Names(self.plan.names, on_loading=False)
             found, state = self.file_names
             in_files = Exl3FileNames(names_in_files(found, weight_conversions, model.base_model_prefix, state))
-            return [in_files, *weight_conversions, names, Exl3Stacks(self.plan.stacks, on_loading=False), stored]
+            return [in_files, *weight_conversions, names, Exl3Stacks(self.plan.stacks), stored]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:

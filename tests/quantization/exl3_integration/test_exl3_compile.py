@@ -23,14 +23,14 @@ from torch._dynamo import lookup_backend
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from transformers import CompileConfig, Exl3Config
+from transformers import CompileConfig, Exl3Config, Qwen3MoeConfig
 from transformers.integrations.exl3.experts import Exl3Experts
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import require_accelerate, require_peft, require_torch, slow
 from transformers.utils import is_peft_available
 
-from .synthetic import random_linear
-from .tiny_models import tiny_inputs, tiny_model
+from .synthetic import SyntheticCheckpoint, random_linear
+from .tiny_models import MODELS, tiny_inputs, tiny_model
 
 
 if is_peft_available():
@@ -83,6 +83,23 @@ class Exl3CompileTest(unittest.TestCase):
         self.assertTrue(any(isinstance(module, Exl3Experts) for module in model.modules()))
         expected = model(**inputs)[0]
         self.assertLess(error(torch.compile(model.forward, backend="aot_eager")(**inputs)[0], expected), 1e-6)
+
+    @torch.no_grad()
+    def test_inputs_of_a_graph_are_as_many_for_any_number_of_experts(self):
+        auto_class, config = MODELS["qwen3_moe"]
+        inputs = []
+        for number in (2, 12):
+            model = auto_class.from_config(Qwen3MoeConfig(**config.to_dict() | {"num_experts": number}))
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = SyntheticCheckpoint(model)
+                checkpoint.quantize_all("layers.0")
+                checkpoint.save(folder, checkpoint.tensors)
+                model = auto_class.from_pretrained(folder)
+            backend, graphs = counting_backend()
+            torch.compile(model.forward, fullgraph=True, backend=backend)(torch.tensor([[3, 4]]), use_cache=False)
+            inputs.append(sum(node.op == "placeholder" for node in graphs[0].graph.nodes))
+        self.assertEqual(inputs[0], inputs[1])
+        self.assertLess(inputs[0], 50)
 
     @torch.no_grad()
     def test_other_shapes_compile_nothing_anew(self):

@@ -16,11 +16,20 @@
 import copy
 import tempfile
 import unittest
+from unittest.mock import Mock, patch
 
 import torch
 from parameterized import parameterized
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Exl3Config, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Exl3Config,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    core_model_loading,
+)
 from transformers.integrations.exl3 import format, ops
 from transformers.integrations.exl3.embeddings import Exl3Embedding
 from transformers.integrations.exl3.experts import Exl3Experts
@@ -157,6 +166,35 @@ class Exl3LoadingTest(unittest.TestCase):
         loaded = self.check(name, checkpoint)
         self.assertEqual(count(loaded, Exl3Experts), 1)
         self.assertEqual(loaded.model.layers[0].mlp.experts.projection(0, "gate").bits, 2)
+
+    def test_steps_of_loading_follow_stacks_and_not_experts(self):
+        auto_class, config = MODELS["qwen3_moe"]
+        steps = []
+        for number in (2, 12):
+            config = Qwen3MoeConfig(**config.to_dict() | {"num_experts": number})
+            checkpoint = SyntheticCheckpoint(auto_class.from_config(config))
+            checkpoint.quantize_all("layers.0")
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint.save(folder, checkpoint.tensors, shards=3)
+                read = Mock(wraps=core_model_loading.spawn_materialize)
+                with patch.object(core_model_loading, "spawn_materialize", read):
+                    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
+            self.assertFalse(info["missing_keys"] | info["unexpected_keys"])
+            steps.append(read.call_count)
+            self.assertLessEqual(read.call_count, len(model.state_dict()))
+        self.assertEqual(steps[0], steps[1])
+
+    def test_stacks_are_saved_in_the_dtypes_of_the_format(self):
+        checkpoint = SyntheticCheckpoint(tiny_model("qwen3_moe")[0])
+        checkpoint.quantize_all("layers.0")
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as saved:
+            checkpoint.save(folder, checkpoint.tensors)
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            for name, parameter in model.named_parameters():
+                if name.endswith("suh"):
+                    parameter.data = parameter.float()  # as PEFT does it for training
+            model.save_pretrained(saved)
+            self.assert_same_tensors(read_tensors(saved), checkpoint.tensors)
 
     def test_experts_without_gate(self):
         checkpoint = SyntheticCheckpoint(tiny_model("nemotron_h")[0])

@@ -18,7 +18,7 @@ The files from the ground up. A file imports from the lines above its own, never
 
 | files                                          | what                                                                   |
 |------------------------------------------------|------------------------------------------------------------------------|
-| format                                         | the format as an executable specification                              |
+| format, stored                                 | the format as an executable specification; safetensors files           |
 | hadamard, search                               | the rotation, and the search of the trellis as its definition          |
 | encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
 | ops                                            | the operators of torch.library, and the choice of what computes them   |

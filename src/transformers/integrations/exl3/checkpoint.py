@@ -18,34 +18,13 @@ Bits and codebook differ from tensor to tensor, and the JSON files beside may be
 not. Everything here is checked before any memory is allocated, and every misfit found is one line of one error.
 """
 
-import os
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from . import format
+from .stored import AGAIN, Exl3CheckpointError, Reader, StoredTensor, not_finite, read, stored_tensors
 
-
-# Data types of safetensors headers (little-endian), as far as checkpoints of models have them.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 WORDS = (torch.int16, torch.uint16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,60 +33,24 @@ LINEAR_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "bias")
 EMBEDDING_TENSORS = ("trellis", "signs")
 FINITE = ("suh", "svh", "signs", "bias")  # tensors of numbers; all others are bits
 
-AGAIN = "It is damaged or no EXL3 checkpoint: download or convert it again."
-
-
-class Exl3CheckpointError(ValueError):
-    """A checkpoint that is not what the format says, with every misfit found."""
-
-    def __init__(self, problems: list[str], remedy: str):
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        super().__init__("This EXL3 checkpoint cannot be loaded:\n  " + "\n  ".join(shown) + f"\n{remedy}")
-
 
 @dataclass
 class Checkpoint:
     """
-    The tensors of a checkpoint, on the meta device.
+    The tensors of a checkpoint, on the meta device but for the codebook markers, whose values are read. Those that are alike are
+    the same objects, and so are modules that are.
 
     Args:
+        stored (`dict[str, StoredTensor]`): By tensor name, where they are.
         linears (`dict[str, dict[str, torch.Tensor]]`): By module name, the tensors of quantized linear layers.
         embeddings (`dict[str, dict[str, torch.Tensor]]`): By module name, those of quantized embedding tables.
         others (`dict[str, torch.Tensor]`): By tensor name, all that is not quantized.
     """
 
+    stored: dict[str, StoredTensor] = field(default_factory=dict)
     linears: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     others: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def read_header(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """
-    The tensors of a safetensors file by name, on the meta device but for the codebook markers, whose values are read.
-
-    Raises:
-        `Exl3CheckpointError`: Where the file is no safetensors file, is truncated, or its header does not fit its data.
-    """
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                entry = file.get_slice(name)
-                if (dtype := DTYPES.get(entry.get_dtype())) is None:
-                    raise Exl3CheckpointError([f"{path}: {name} has the dtype {entry.get_dtype()}"], AGAIN)
-                tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
-                if name.rpartition(".")[2] in format.MARKERS:
-                    tensors[name] = file.get_tensor(name)
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # the last two for sizes that torch cannot count
-        reason = str(error).partition("\n")[0]
-        problem = f"{path}: no whole safetensors file ({reason})"
-        raise Exl3CheckpointError([problem], AGAIN) from error
-    return tensors
 
 
 def read_checkpoint(files: list[str]) -> Checkpoint:
@@ -115,52 +58,82 @@ def read_checkpoint(files: list[str]) -> Checkpoint:
     Read the headers of all files of a checkpoint and sort their tensors into modules.
 
     Raises:
-        `Exl3CheckpointError`: For tensors that stand twice, and for a quantized module with a tensor missing, of a shape,
-            dtype or marker that the format does not have, or with numbers that are not finite.
+        `Exl3CheckpointError`: Where a file is no whole safetensors file, for tensors that stand twice, and for a quantized module
+            with a tensor missing, of a shape, dtype or marker that the format does not have, or with numbers that are not finite.
     """
-    tensors, origin, problems = {}, {}, []
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                problems.append(f"{name} stands in {origin[name]} and in {file}")
-            tensors[name], origin[name] = tensor, file
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    found, problems, modules = Checkpoint(), [], {}
+    for tensor in stored_tensors(files):
+        if tensor.name in found.stored:
+            problems.append(f"{tensor.name} stands in {found.stored[tensor.name].file} and in {tensor.file}")
+        found.stored[tensor.name] = tensor
+    markers = _marker_values(found.stored)
+    for name, tensor in found.stored.items():
         module, _, leaf = name.rpartition(".")
-        modules.setdefault(module, {})[leaf] = tensor
-    found = Checkpoint()
+        modules.setdefault(module, {})[leaf] = markers.get(name, tensor.meta)
+    sorted_by_kind: dict[frozenset, tuple] = {}
     for module, leaves in modules.items():
-        is_embedding = "signs" in leaves and "trellis" in leaves
-        known = EMBEDDING_TENSORS if is_embedding else LINEAR_TENSORS
-        if not leaves.keys() & set(LINEAR_TENSORS[:-1]):  # a bias alone is of a float module
-            known = ()
-        quantized = {leaf: tensor for leaf, tensor in leaves.items() if leaf in known}
-        if quantized:
-            problem = (_embedding_problem if is_embedding else _linear_problem)(quantized, leaves)
-            if problem:
-                problems.append(f"{module}: {problem}")
-            (found.embeddings if is_embedding else found.linears)[module] = quantized
-        found.others |= {f"{module}.{leaf}" if module else leaf: leaves[leaf] for leaf in leaves.keys() - set(known)}
+        kind = frozenset((leaf, id(tensor)) for leaf, tensor in leaves.items())
+        if kind not in sorted_by_kind:
+            sorted_by_kind[kind] = _sorted(leaves)
+        embedding, linear, others, problem = sorted_by_kind[kind]
+        if problem:
+            problems.append(f"{module}: {problem}")
+        if embedding:
+            found.embeddings[module] = embedding
+        if linear:
+            found.linears[module] = linear
+        found.others |= {f"{module}.{leaf}" if module else leaf: tensor for leaf, tensor in others.items()}
     if not problems:
-        problems = _not_finite(found.linears | found.embeddings, origin)
+        problems = _not_finite(found)
     if problems:
         raise Exl3CheckpointError(problems, AGAIN)
     return found
 
 
-def _not_finite(quantized: dict[str, dict[str, torch.Tensor]], origin: dict[str, str]) -> list[str]:
-    """Which tensors of quantized modules, in the files that `origin` tells, have numbers that are not finite."""
-    problems, opened = [], cache(lambda path: safe_open(path, framework="pt"))
-    for module, tensors in quantized.items():
+def _marker_values(stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """The codebook markers among `stored` with their values, equal ones being the same tensor, and those of odd shapes left out."""
+    values, alike = {}, {}
+    with Reader() as reader:
+        for name, tensor in stored.items():
+            if name.rpartition(".")[2] in format.MARKERS and tensor.nbytes:
+                content = bytearray(tensor.nbytes)
+                reader.fill(memoryview(content), tensor.file, tensor.start)
+                kind = id(tensor.meta), bytes(content)
+                if kind not in alike:
+                    alike[kind] = torch.frombuffer(content, dtype=tensor.meta.dtype).view(tensor.meta.shape)
+                values[name] = alike[kind]
+    return values
+
+
+def _sorted(leaves: dict[str, torch.Tensor]) -> tuple:
+    """Of the tensors of a module: those of a quantized table, of a quantized linear layer, all others, and what is wrong with them."""
+    is_embedding = "signs" in leaves and "trellis" in leaves
+    known = EMBEDDING_TENSORS if is_embedding else LINEAR_TENSORS
+    if not leaves.keys() & set(LINEAR_TENSORS[:-1]):  # a bias alone is of a float module
+        known = ()
+    quantized = {leaf: tensor for leaf, tensor in leaves.items() if leaf in known}
+    others = {leaf: leaves[leaf] for leaf in leaves.keys() - set(known)}
+    if is_embedding:
+        return quantized, {}, others, _embedding_problem(quantized, leaves)
+    return {}, quantized, others, _linear_problem(quantized, leaves) if quantized else None
+
+
+def _not_finite(found: Checkpoint) -> list[str]:
+    """Which tensors of quantized modules have numbers that are not finite."""
+    plain, scaled = [], []
+    for module, tensors in (found.linears | found.embeddings).items():
         for leaf in tensors:
-            name = f"{module}.{leaf}" if module else leaf
-            if leaf in FINITE or (leaf == "trellis" and "signs" in tensors):
-                numbers = opened(origin[name]).get_tensor(name)
-                if leaf == "trellis":
-                    numbers = format.embedding_scales(numbers.view(torch.int16), len(tensors["signs"]))
-                if not numbers.isfinite().all():
-                    problems.append(f"{origin[name]}: {name} has numbers that are not finite")
-    return problems
+            stored = found.stored[f"{module}.{leaf}" if module else leaf]
+            if leaf in FINITE:
+                plain.append(stored)
+            elif leaf == "trellis" and "signs" in tensors:
+                scales = format.embedding_scales(read(stored).view(torch.int16), len(tensors["signs"]))
+                if not scales.isfinite().all():
+                    scaled.append(stored)
+    bad = {(stored.file, stored.name) for stored in [*not_finite(plain), *scaled]}
+    return [
+        f"{t.file}: {t.name} has numbers that are not finite" for t in found.stored.values() if (t.file, t.name) in bad
+    ]
 
 
 def _embedding_problem(tensors, leaves) -> str | None:

@@ -22,7 +22,7 @@ The experts of a mixture, fused into 3-D parameters in the model: stacks of quan
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -135,12 +135,17 @@ class Exl3Projection(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, experts: list[dict[str, torch.Tensor]]):
         super().__init__()
-        kinds = defaultdict(list)
+        described, kinds = {}, defaultdict(list)
         for number, tensors in enumerate(experts):
-            kinds[tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items()))].append(number)
+            if id(tensors) not in described:  # experts that are alike may share one
+                described[id(tensors)] = tuple((name, t.shape, t.dtype) for name, t in sorted(tensors.items()))
+            kinds[described[id(tensors)]].append(number)
         for index, members in enumerate(kinds.values()):
             tensors = {
-                name: torch.stack([experts[number][name] for number in members]) for name in experts[members[0]]
+                name: tensor.new_empty(len(members), *tensor.shape)
+                if tensor.is_meta
+                else torch.stack([experts[number][name] for number in members])
+                for name, tensor in experts[members[0]].items()
             }
             self.add_module(str(index), Exl3StackedLinear(in_features, out_features, tensors, members))
 
@@ -219,6 +224,12 @@ class Exl3Experts(Exl3Module):
             return separate._modules[f"expert_{role}"]
         stack, index = self._places[role][expert - self.first]
         return Exl3ExpertLinear(self._modules[f"stacked_{role}"]._modules[stack], index)
+
+    def stacks(self) -> Iterator[tuple[str, Exl3StackedLinear]]:
+        """The stacks with their names."""
+        for role in self.roles:
+            for name, stack in getattr(self, f"stacked_{role}").named_children():
+                yield f"stacked_{role}.{name}", stack
 
     def layer(self, name):
         expert, _, role = name.partition(".expert_")

@@ -23,10 +23,12 @@ What happens to the tensors of a checkpoint on their way into a model: the names
 """
 
 import re
-from collections import defaultdict
 from concurrent.futures import Future
+from itertools import count, islice
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ...core_model_loading import (
@@ -47,6 +49,7 @@ from .embeddings import Exl3Embedding
 from .experts import Exl3Experts, Exl3StackedLinear
 from .modules import Exl3Module, local
 from .naming import Exl3FileNames, names_in_files
+from .stored import StoredTensor, read_stack
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
@@ -132,79 +135,146 @@ class Exl3Converter(WeightConverter):
             )
 
 
-class Exl3Stacks(WeightConverter):
+class StackMembers(NamedTuple):
     """
-    Merges the tensors of experts into stacks, and splits these on saving.
+    Where the entries of a stack are.
 
     Args:
-        parts (`dict[str, tuple[Exl3Experts, str, str, str]]`): By tensor name in the checkpoint, after upstream's renamings:
-            the experts, their path, the name of a layer among them, and the tensor's name in it. Those of a stack are in the order
-            of the stack.
-        on_loading (`bool`, *optional*, defaults to `True`): Whether what is loaded has these names, and not only what is saved.
+        experts (`Exl3Experts`): The module that the stack is in.
+        numbers (`list[int]`): The experts that it has when no process has them to itself.
+        stored (`list[StoredTensor]`): What it holds of each of these.
     """
 
-    __slots__ = ("parts", "names", "on_loading")
+    experts: Exl3Experts
+    numbers: list[int]
+    stored: list[StoredTensor]
 
-    def __init__(self, parts: dict[str, tuple[Exl3Experts, str, str, str]], on_loading: bool = True):
-        super().__init__("exl3 stacks", "exl3 stacks", [Exl3AsStored()])
-        self.parts, self.on_loading, self.names = parts, on_loading, defaultdict(list)
-        for name, (experts, path, layer, leaf) in parts.items():
-            self.names[f"{path}.{experts.holder(layer)}.{leaf}"].append(name)
+    def own(self) -> list[StoredTensor]:
+        """What is of experts that this process has."""
+        first, last = self.experts.first, self.experts.first + self.experts.num_experts
+        return [stored for number, stored in zip(self.numbers, self.stored) if first <= number < last]
 
-    def __deepcopy__(self, memo):  # upstream copies it for each tensor
-        copy = object.__new__(type(self))
-        for slot in (name for owner in type(self).__mro__ for name in getattr(owner, "__slots__", ())):
-            object.__setattr__(copy, slot, getattr(self, slot))
-        copy.collected_tensors, copy.layer_targets = defaultdict(list), defaultdict(set)
-        return copy
+
+# What stands for a stack while upstream renames tensors, and after it: the stack's number, or nothing for what upstream is not to read.
+# It is found wherever upstream's renamings leave it.
+_STACK = "exl3 stack "
+
+
+class Exl3StackNames(WeightRenaming):
+    """
+    Has upstream see one tensor of each stack in the place of hundreds: tensors of stacks are given the stack's name before
+    upstream's renamings, and on saving their own after these.
+
+    Args:
+        stacks (`Exl3Stacks`): Has the stacks.
+    """
+
+    __slots__ = ("stacks", "names", "stored_names")
+
+    def __init__(self, stacks: "Exl3Stacks"):
+        super().__init__(_BY_NAME, _BY_NAME)
+        self.stacks, self.names = stacks, None
+        self.stored_names = [stored.name for members in stacks.members.values() for stored in members.stored]
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        part = self.parts.get(source_key) if self.on_loading else None
-        if part is None:
+        if self.names is None:  # now it is known what this process has
+            self.names = dict.fromkeys(self.stored_names, _STACK)
+            for number, members in enumerate(self.stacks.members.values()):
+                self.names |= {stored.name: f"{_STACK}{number}" for stored in members.own()[:1]}
+        name = self.names.get(source_key)
+        return (source_key, None) if name is None else (name, _BY_NAME)
+
+    def was_used(self) -> bool:
+        return True  # what it undoes on saving does not depend on what was loaded
+
+    def reverse_transform(self) -> "Exl3StackEntryNames":
+        return Exl3StackEntryNames(self.stored_names)
+
+
+class Exl3StackEntryNames(WeightRenaming):
+    """
+    Gives entries of stacks the names that they have in files.
+
+    Args:
+        names (`list[str]`): By the number of an entry, counted through all stacks.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: list[str]):
+        super().__init__(_BY_NAME, _BY_NAME)
+        self.names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        _, is_entry, number = source_key.rpartition(_STACK)
+        return (self.names[int(number)], _BY_NAME) if is_entry else (source_key, None)
+
+
+class Exl3Stacks(WeightConverter):
+    """
+    Fills stacks with the tensors of experts, and splits them on saving.
+
+    Args:
+        names (`dict[str, list[str]]`): Tensor name in the model, to those that its entries have in files before upstream's
+            renamings for saving.
+        members (`dict[str, StackMembers]`, *optional*): Tensor name in the model, to where its entries are, for loading.
+    """
+
+    __slots__ = ("names", "members")
+
+    def __init__(self, names: dict[str, list[str]], members: dict[str, StackMembers] | None = None):
+        super().__init__("exl3 stacks", "exl3 stacks", [Exl3AsStored()])
+        self.names, self.members = names, members or {}
+
+    def __deepcopy__(self, memo):
+        return Exl3Stacks(self.names, self.members)  # upstream copies it for each stack
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        _, is_stack, number = source_key.rpartition(_STACK)
+        if not is_stack or not number:
             return source_key, None
-        experts, path, layer, leaf = part
-        holder = experts.holder(layer)
-        if holder is None:  # another process has this expert
-            return f"{path}.{layer}.{leaf}", None
-        return f"{path}.{holder}.{leaf}", self.source_patterns[0]
+        return next(islice(self.members, int(number), None)), self.source_patterns[0]
 
     def was_used(self) -> bool:
         return True  # what it undoes on saving does not depend on what was loaded
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
-        (waiting,) = self.collected_tensors.values()
+        ((first,),) = self.collected_tensors.values()
         self.collected_tensors.clear()
-        with log_conversion_errors(layer_name, loading_info, (len(waiting), layer_name), self.operations[0]):
-            return {layer_name: _stacked(waiting, model.get_parameter_or_buffer(layer_name))}
+        loading_info.unexpected_keys -= {key for key in loading_info.unexpected_keys if key.endswith(_STACK)}
+        stored, placeholder = self.members[layer_name].own(), model.get_parameter_or_buffer(layer_name)
+        with log_conversion_errors(layer_name, loading_info, (len(stored), layer_name), self.operations[0]):
+            if is_dtensor(placeholder):
+                return {layer_name: _part_of_stack(stored, placeholder)}
+            # Where something goes to the disk, upstream reads in this thread, and writes contiguous tensors only.
+            is_ordered = placeholder.dim() == 4 and isinstance(first, Future)
+            first = first.result() if isinstance(first, Future) else first()
+            empty = ops.new_trellis if is_ordered and first.device.type == "cpu" else torch.empty
+            stack = empty(placeholder.shape, dtype=stored[0].meta.dtype, device=torch.device("cpu"))
+            read_stack(stored, stack)
+            return {layer_name: stack.to(first.device, first.dtype)}
 
     def reverse_transform(self) -> "Exl3Unstack":
         return Exl3Unstack(self.names)
 
 
-def _stacked(waiting: list, placeholder: torch.Tensor) -> torch.Tensor:
-    """
-    The stack, for the parameter `placeholder`, of the tensors that `waiting` are futures of, or functions: each is read,
-    copied, and let go of.
-    """
-    shape, stack, count = local(placeholder).shape, None, 0
-    # Where something goes to the disk, upstream reads in this thread, and writes contiguous tensors only.
-    is_ordered = len(shape) == 4 and isinstance(waiting[0], Future)
-    for index, entry in enumerate(waiting):
-        waiting[index] = None
-        tensor = entry.result() if isinstance(entry, Future) else entry()
-        if tensor is None:
-            continue  # another process has it
-        if stack is None:
-            empty = ops.new_trellis if is_ordered else torch.empty
-            stack = empty(shape, dtype=tensor.dtype, device=tensor.device)
-        if count == len(stack) or tensor.shape != stack.shape[1:]:
-            raise ValueError(f"a stack of {list(shape)} does not take a tensor of {list(tensor.shape)} at {count}")
-        stack[count] = tensor
-        count += 1
-    if is_dtensor(placeholder) and not shape[0]:
-        return torch.empty(shape, dtype=placeholder.dtype, device=placeholder.device_mesh.device_type)
-    if stack is None or count < len(stack):
-        raise ValueError(f"a stack of {list(shape)} needs more than {count} tensors")
+def _part_of_stack(stored: list[StoredTensor], placeholder: torch.Tensor) -> torch.Tensor:
+    """This process's part of the stack, for the parameter `placeholder`, of tensors in files."""
+    device, operation = placeholder.device_mesh.device_type, DtensorShardOperation(placeholder)
+    files = {path: safe_open(path, framework="pt") for path in {tensor.file for tensor in stored}}
+    entries = (
+        operation.shard_tensor(
+            files[tensor.file].get_slice(tensor.name), tensor_idx=index, device=device, dtype=placeholder.dtype
+        )
+        for index, tensor in enumerate(stored)
+    )
+    stack, filled = torch.empty(local(placeholder).shape, dtype=placeholder.dtype, device=device), 0
+    for entry in entries:
+        if entry is not None:  # and not with another process
+            stack[filled] = entry
+            filled += 1
+    if filled != len(stack):
+        raise ValueError(f"a part of a stack of {len(stack)} entries got {filled}")
     return stack
 
 
@@ -213,7 +283,7 @@ class Exl3Unstack(WeightConverter):
     Splits stacks into the tensors of experts, by name.
 
     Args:
-        names (`dict[str, list[str]]`): Tensor name in the model, to those that its entries have in the checkpoint, in order.
+        names (`dict[str, list[str]]`): Tensor name in the model, to those of its entries, in order.
     """
 
     __slots__ = ("names",)
@@ -233,7 +303,7 @@ class Exl3Unstack(WeightConverter):
         names = self.names[layer_name]
         if len(names) != len(stack):
             raise ValueError(f"{layer_name} has {len(stack)} entries for {len(names)} experts")
-        return self.operations[0].convert(dict(zip(names, stack)))
+        return dict(zip(names, self.operations[0].convert({layer_name: stack})[layer_name].unbind()))
 
 
 class Exl3Stored(WeightConverter):
@@ -400,9 +470,12 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     placement = hf_quantizer.placement
     renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
     quantized = placement.checkpoint.linears | placement.checkpoint.embeddings
+    experts = {path: module for path, module in placement.modules.items() if isinstance(module, Exl3Experts)}
+    is_plain = hf_quantizer.quantization_config.dequantize
     tensors = {
         apply_renamings(f"{module}.{leaf}", renamings): (*layer, leaf)
         for module, layer in placement.layers.items()
+        if is_plain or layer[0] not in experts
         for leaf in quantized[module]
     }
     unpad = {apply_renamings(name, renamings): parameter for name, parameter in placement.padded.items()}
@@ -414,7 +487,6 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         saving = _reversed_converters([entry])
         if any(apply_converters(name, saving)[1] for name in plain_names):
             entry._was_used = True
-    is_plain = hf_quantizer.quantization_config.dequantize
     spelled = [_file_names(placement, is_plain, weight_conversions), Exl3Names(placement.spelled)]
     decoded = placement.modules if is_plain else placement.decoded
     targets = {
@@ -434,27 +506,46 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     converters.insert(0, (Exl3CutAndDequantize if is_plain else Exl3Cut)(hf_quantizer).converter(cut))
     if is_plain:
         return [*spelled, *converters, *weight_conversions]
-    experts = {path: module for path, module in placement.modules.items() if isinstance(module, Exl3Experts)}
-    names, stacks = {}, {}
-    for name, (path, layer, leaf) in tensors.items():
-        if path in experts:
-            stacks[name] = (experts[path], path, layer, leaf)
-        elif name not in targets:
-            names[name] = f"{path}.{layer}.{leaf}" if layer else f"{path}.{leaf}"
+    names = {
+        name: f"{path}.{layer}.{leaf}" if layer else f"{path}.{leaf}"
+        for name, (path, layer, leaf) in tensors.items()
+        if name not in targets
+    }
+    stacks = _stacks(placement, experts)
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
     stored = Exl3Stored(kept, placement.model, weight_conversions)
-    return [*spelled, *converters, *weight_conversions, Exl3Names(names), Exl3Stacks(stacks), stored]
+    return [*spelled, Exl3StackNames(stacks), *converters, *weight_conversions, Exl3Names(names), stacks, stored]
+
+
+def _stacks(placement, experts: dict[str, Exl3Experts]) -> Exl3Stacks:
+    """What fills the stacks of `experts`, given by path."""
+    layers = {layer: name for name, layer in placement.layers.items() if layer[0] in experts}
+    members = {}
+    for path, module in experts.items():
+        for holder, stack in module.stacks():
+            role = holder.partition(".")[0].removeprefix("stacked_")
+            owners = [layers[path, f"{expert}.expert_{role}"] for expert in stack.members]
+            for leaf in stack.stored:
+                stored = [placement.checkpoint.stored[f"{owner}.{leaf}"] for owner in owners]
+                members[f"{path}.{holder}.{leaf}"] = StackMembers(module, [*stack.members], stored)
+    numbers = count()
+    names = {name: [f"{_STACK}{next(numbers)}" for _ in found.stored] for name, found in members.items()}
+    return Exl3Stacks(names, members)
 
 
 def _file_names(placement, is_plain: bool, weight_conversions: list[WeightTransform]) -> Exl3FileNames:
-    """What brings back the names of an EXL3 checkpoint, of which those of quantized modules are kept by `Exl3Names`."""
-    kept = (
-        set() if is_plain else {name for name, (path, _) in placement.layers.items() if path not in placement.decoded}
-    )
-    decoded = {re.sub(r"\.slice\.\d+$", "", name) for name in placement.layers.keys() - kept}
+    """
+    What brings back the names of an EXL3 checkpoint, of which those of quantized modules are kept by `Exl3Names`, and those of
+    experts by `Exl3StackNames`.
+    """
+    modules, kept, decoded = placement.modules, set(), set()
+    for name, (path, _) in placement.layers.items():
+        if is_plain or path in placement.decoded:
+            decoded.add(re.sub(r"\.slice\.\d+$", "", name))
+        elif not isinstance(modules[path], Exl3Experts):
+            kept.add(f"{name}.weight")
     plain = {*placement.checkpoint.others, *(f"{name}.weight" for name in decoded)}
     model = placement.model
-    kept = {f"{name}.weight" for name in kept}
     return Exl3FileNames(
         names_in_files(plain | kept, weight_conversions, model.base_model_prefix, placement.plain, kept)
     )

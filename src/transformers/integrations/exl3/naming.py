@@ -44,9 +44,11 @@ class Exl3FileNames(WeightRenaming):
         self.names, self.on_loading = names, on_loading
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        owner, dot, leaf = source_key.rpartition(".")
+        if self.on_loading or not self.names:
+            return source_key, None
+        owner, _, leaf = source_key.rpartition(".")
         name, weight = self.names.get(source_key), self.names.get(f"{owner}.weight")
-        if self.on_loading or not (name or weight):
+        if not (name or weight):
             return source_key, None
         return name or weight.removesuffix("weight") + leaf, self.source_patterns[0]
 

@@ -25,7 +25,6 @@ Quantized layers under upstream's plans for tensor and expert parallelism: its s
 A rotation never crosses a block of 128 features, so any cut between blocks is exact.
 """
 
-import re
 from contextlib import contextmanager
 
 import torch
@@ -227,7 +226,7 @@ def adapt_expert_plan(model: nn.Module, own: dict[str, str] | None, ranks: int) 
     Raises:
         `ValueError`: Where quantized experts cannot be divided as planned.
     """
-    plan, problems, rules, elsewhere = model.ep_plan, [], set(), set()
+    plan, problems, rules = model.ep_plan, [], set()
     wanted = plan | (own or {})
     for path, module in model.named_modules():
         if not isinstance(module, Exl3Module):
@@ -241,8 +240,6 @@ def adapt_expert_plan(model: nn.Module, own: dict[str, str] | None, ranks: int) 
             problems.append(f"{path}: an {type(module).__name__} cannot be divided in the style `{style}`")
         elif module.num_experts % ranks:
             problems.append(f"{path}: its {module.num_experts} experts are not divisible by {ranks}")
-        else:
-            elsewhere.add(rf"^{re.escape(path)}\.\d+\.")
     if problems:
         raise ValueError(
             "\n".join(problems)
@@ -252,8 +249,6 @@ def adapt_expert_plan(model: nn.Module, own: dict[str, str] | None, ranks: int) 
     tensors = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
     for name in [name for name in plan if name.rpartition(".")[0] in rules and name not in tensors]:
         del plan[name]  # for a fused parameter
-    # The checkpoint has been compared with the model: what is not found in it from here on belongs to other processes.
-    model._keys_to_ignore_on_load_unexpected = elsewhere.union(model._keys_to_ignore_on_load_unexpected or ())
     return rules
 
 

@@ -63,6 +63,7 @@ LINEAR_CLASSES = (nn.Linear, Conv1D)
 # Operations of upstream's that take weights apart or put them together and change nothing in them.
 RESHAPING = (Chunk, Concatenate, MergeModulelist, SplitModulelist)
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
+EXPERT = re.compile(rf"(.+)\.{NUMBER}\.({'|'.join(EXPERT_ROLES)})")
 
 
 def _without_ones(shape: torch.Size) -> list[int]:
@@ -118,6 +119,7 @@ class Placement:
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         self.plain = model.state_dict()
         self._paths = dict(model.named_modules())
+        self._containers: dict[tuple[str, str], str | None] = {}
         composites = defaultdict(dict)
         for name in checkpoint.linears:
             self._place_linear(name, composites)
@@ -170,18 +172,11 @@ class Placement:
         return next((option for option in (path, *others) if option in self._paths), path)
 
     def _place_linear(self, name: str, composites):
-        path, parameter = self._target(name)
-        expert = re.fullmatch(rf"(.+)\.{NUMBER}\.({'|'.join(EXPERT_ROLES)})", name)
-        if expert:
-            container = (
-                path if parameter in EXPERT_PARAMETERS else self._in_model(apply_renamings(expert[1], self._renamings))
-            )
-            if container not in self._paths:  # of a source that has one tensor for all experts
-                stacked, parameter = self._target(f"{expert[1].removesuffix('.experts')}.{expert[3]}")
-                container = stacked if parameter in EXPERT_PARAMETERS else container
-            if container in self._paths and is_experts(self._paths[container]):
-                composites[Placement._experts, container][int(expert[2]), expert[3]] = name
-                return
+        expert = EXPERT.fullmatch(name)
+        if expert and (container := self._container(name, expert[1], expert[3])) is not None:
+            composites[Placement._experts, container][int(expert[2]), expert[3]] = name
+            return
+        path = self._target(name)[0]
         if isinstance(self._paths.get(path), LINEAR_CLASSES):
             operations = self._operations(name, path)
             if operations:
@@ -209,6 +204,19 @@ class Placement:
             self._problems.append(
                 f"{name} is a quantized linear layer in the checkpoint, and {type(self.model).__name__} has {stands} at {path}"
             )
+
+    def _container(self, name: str, owner: str, projection: str) -> str | None:
+        """Path of the experts that `projection` of the experts in `owner` belongs to, `name` among them, None if there are none."""
+        if (owner, projection) not in self._containers:
+            path, parameter = self._target(name)
+            if parameter not in EXPERT_PARAMETERS:
+                path = self._in_model(apply_renamings(owner, self._renamings))
+            if path not in self._paths:  # of a source that has one tensor for all experts
+                stacked, parameter = self._target(f"{owner.removesuffix('.experts')}.{projection}")
+                path = stacked if parameter in EXPERT_PARAMETERS else path
+            is_there = path in self._paths and is_experts(self._paths[path])
+            self._containers[owner, projection] = path if is_there else None
+        return self._containers[owner, projection]
 
     def _place_fused(self, name: str, parent: str) -> bool:
         """Place the quantized module `name` that the model has in parts, in the module `parent`, if that is what it is."""
@@ -375,7 +383,11 @@ class Placement:
         projections = {}
         for role in roles:
             sizes = (intermediate, hidden) if role == "down" else (hidden, intermediate)
-            tensors = [self._tensors(parts[expert, names[role]], *sizes) for expert in range(count)]
+            tensors, alike = [], {}
+            for name in (parts[expert, names[role]] for expert in range(count)):
+                kind = id(self.checkpoint.linears[name])
+                alike[kind] = alike.get(kind) or self._tensors(name, *sizes)
+                tensors.append(alike[kind])
             projections[role] = None if None in tensors else Exl3Projection(*sizes, tensors)
         ordered = {key: parts[key] for key in ((e, names[role]) for e in range(count) for role in roles)}
         parts.clear()

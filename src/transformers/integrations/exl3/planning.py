@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
         names (`dict[str, str]`): Tensor names that checkpoints have for parts of fused modules, to those in the model.
-        stacks (`dict[str, tuple]`): What `Exl3Stacks` takes: tensor names that checkpoints have for experts, to what they are.
+        stacks (`dict[str, list[str]]`): Names of stacked tensors in the model, to those that checkpoints have for their entries.
         tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
         has_tied_head (`bool`): Whether the output embeddings stay tied to the input embeddings, which are quantized.
         weights (`int`): How many weights there are to quantize.
@@ -68,7 +68,7 @@ class Plan:
         self.model, self.codebook = model, config.codebook
         self.modules: dict[str, Exl3Module] = {}
         self.names: dict[str, str] = {}
-        self.stacks: dict[str, tuple[Exl3Experts, str, str, str]] = {}
+        self.stacks: dict[str, list[str]] = {}
         self.tied_heads: dict[str, str] = {}
         self._paths = dict(model.named_modules())
         self._expert_names = self._names_of_projections()
@@ -266,12 +266,10 @@ class Plan:
         tensors = {role: linear_tensors(*shapes[role], bits[role], self.codebook, bias) for role in roles}
         projections = {role: Exl3Projection(*shapes[role], [tensors[role]] * count) for role in roles}
         experts = Exl3Experts(projections, module)
-        self.stacks |= {
-            f"{path}.{index}.{self._expert_names[role]}.{tensor}": (experts, path, f"{index}.expert_{role}", tensor)
-            for index in range(count)
-            for role in roles
-            for tensor in tensors[role]
-        }
+        for holder, stack in experts.stacks():
+            name = self._expert_names[holder.partition(".")[0].removeprefix("stacked_")]
+            for leaf in stack.stored:
+                self.stacks[f"{path}.{holder}.{leaf}"] = [f"{path}.{expert}.{name}.{leaf}" for expert in stack.members]
         return experts
 
 

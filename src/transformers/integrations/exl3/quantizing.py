@@ -24,7 +24,7 @@ from ...distributed.utils import is_dtensor
 from . import encoder, finished, format, ops
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts, Exl3StackedLinear
-from .loading import Exl3Stacks, Exl3Stored, own_part
+from .loading import Exl3StackNames, Exl3Stacks, Exl3Stored, own_part
 from .modules import Exl3Linear, Exl3Module, whole
 from .progress import Progress
 
@@ -181,7 +181,9 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
     """
     for entry in getattr(model, "_weight_conversions", None) or ():
         if isinstance(entry, Exl3Stacks):
-            entry.parts.clear()  # which are modules: saving goes by the names
+            entry.members.clear()  # with the modules: saving goes by the names
+        elif isinstance(entry, Exl3StackNames):
+            entry.names = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, Exl3TiedHead):
             module.decode(model.get_input_embeddings())
