@@ -132,10 +132,10 @@ class Exl3HfQuantizer(HfQuantizer):
 
     @staticmethod
     def _read_names(checkpoint_files: list[str] | None) -> list[str]:
-        from ..integrations.exl3.checkpoint import read_header
+        from ..integrations.exl3.stored import stored_tensors
 
         files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
-        return [name for file in files for name in read_header(file)]
+        return [tensor.name for tensor in stored_tensors(files)]
 
     def _place(self, model, checkpoint_files):
         from ..integrations.exl3.architecture import check_architecture, untie
