@@ -1,5 +1,6 @@
 import difflib
 import inspect
+import numbers
 
 
 class QuantizationMethod:
@@ -82,19 +83,22 @@ class Exl3Config(QuantizationConfigMixin):
     def post_init(self):
         """Raises `ValueError` or `TypeError` for what the format does not have, naming the field."""
         rates = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
-        for name, value in (("bits", self.bits), ("head_bits", self.head_bits)):
-            if name == "head_bits" and value is None:
+        for name in ("bits", "head_bits", "embedding_bits"):
+            value = getattr(self, name)
+            if value is None and name != "bits":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not self._is_number(value):
                 raise TypeError(f"`{name}` of Exl3Config has to be a number, got {value!r}")
+            setattr(self, name, self._written_number(value))
         if not 1 <= self.bits <= 8:
             raise ValueError(f"`bits` of Exl3Config has to be from 1 to 8, got {self.bits}")
         if self.head_bits not in (None, 16, *rates):
             raise ValueError(f"`head_bits` of Exl3Config has to be one of {rates}, 16 or None, got {self.head_bits}")
-        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in (None, 16, *range(1, 9)):
+        if self.embedding_bits not in (None, 16, *range(1, 9)):
             raise ValueError(
                 f"`embedding_bits` of Exl3Config has to be a whole number from 1 to 8, 16 or None, got {self.embedding_bits!r}"
             )
+        self.embedding_bits = self.embedding_bits and int(self.embedding_bits)
         if self.codebook not in (None, "3inst", "mcg", "mul1"):
             raise ValueError(f"`codebook` of Exl3Config has to be `mul1`, `mcg` or `3inst`, got {self.codebook!r}")
         if self.effort not in ("default", "fast"):
@@ -103,15 +107,26 @@ class Exl3Config(QuantizationConfigMixin):
         if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(n, str) for n in overrides)):
             raise TypeError(f"`overrides` of Exl3Config has to be a dict of patterns to rates, got {overrides!r}")
         for pattern, rate in (overrides or {}).items():
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate not in (16, *rates):
+            if not self._is_number(rate) or rate not in (16, *rates):
                 raise ValueError(
                     f"`overrides` of Exl3Config has to be one of {rates} or 16 for {pattern!r}, got {rate!r}"
                 )
+        if overrides:
+            self.overrides = {pattern: self._written_number(rate) for pattern, rate in overrides.items()}
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
             raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")
         if not isinstance(self.dequantize, bool):
             raise TypeError(f"`dequantize` of Exl3Config has to be True or False, got {self.dequantize!r}")
+
+    @staticmethod
+    def _is_number(value) -> bool:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+    @staticmethod
+    def _written_number(value) -> int | float:
+        """`value` as JSON can hold it: NumPy has numbers of its own."""
+        return value if isinstance(value, (int, float)) else int(value) if value % 1 == 0 else float(value)
 
     @classmethod
     def _arguments(cls) -> list[str]:

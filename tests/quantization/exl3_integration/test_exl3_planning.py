@@ -52,6 +52,20 @@ QWEN_VL = {
     | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
 
+MOLMO = {
+    "text_config": {**ONE_LAYER, "additional_vocab_size": 2},
+    "vision_config": {
+        **ONE_LAYER,
+        "hidden_size": 32,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
+    | {"image_size": [28, 28], "patch_size": 14, "num_position_embeddings": 4},
+    "adapter_config": {"vision_feature_layer": [-1], "hidden_size": 32, "num_attention_heads": 1, "head_dim": 32}
+    | {"num_key_value_heads": 1, "intermediate_size": 32, "text_hidden_size": 128},
+}
+
 
 def planned(name_or_model, config=None):
     """A model on the meta device and its plan."""
@@ -117,6 +131,8 @@ class Exl3ConversionsThatReadTheModelTest(unittest.TestCase):
             ("sarvam_moe", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, "head_dim": 32}, ["mlp"], 4),
             # Experts in either orientation.
             ("qwen3_vl_moe", AutoModelForImageTextToText, QWEN_VL, ["visual", "self_attn"], 1),
+            # Rows of different numbers in one tensor.
+            ("molmo2", AutoModelForImageTextToText, MOLMO, ["vision_tower", "multi_modal_projector", "mlp"], 4),
         ]
     )
     def test_models(self, architecture, auto_class, fields, skip, modules):
@@ -126,6 +142,9 @@ class Exl3ConversionsThatReadTheModelTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             quantized = auto_class.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+            quantized.save_pretrained(folder)
+            again = auto_class.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(dict(again.state_dict()), dict(quantized.state_dict()), rtol=0, atol=0)
         found = {path: module for path, module in quantized.named_modules() if isinstance(module, Exl3Module)}
         inner = {path for path in found if any(path.startswith(f"{other}.") for other in found)}
         self.assertEqual(len(found.keys() - inner), modules)

@@ -31,6 +31,7 @@ from ...core_model_loading import (
     Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     SplitModulelist,
     WeightConverter,
     WeightRenaming,
@@ -61,7 +62,7 @@ from .restoring import ROUTER_CORRECTIONS
 # A module of these has a weight that codes can stand for; of subclasses only they themselves know how to multiply.
 LINEAR_CLASSES = (nn.Linear, Conv1D)
 # Operations of upstream's that take weights apart or put them together and change nothing in them.
-RESHAPING = (Chunk, Concatenate, MergeModulelist, SplitModulelist)
+RESHAPING = (Chunk, Concatenate, MergeModulelist, Split, SplitModulelist)
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
 EXPERT = re.compile(rf"(.+)\.{NUMBER}\.({'|'.join(EXPERT_ROLES)})")
 
