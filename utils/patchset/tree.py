@@ -10,8 +10,8 @@ from . import REPO, PatchError, hunks, imports, merge
 
 EXPORTED = ("src", "tests", "docs", "utils")  # laid out as upstream's tree is
 OWN = ("utils/patchset",)  # this repository's own, although in one of those folders
-# What a pull request starts from: these, and every module of ours that they import.
-PULL_REQUEST = ("src/**/*.edit.py", "tests/**/test_exl3.py", "docs/source/en/**/*")
+# What a pull request starts from: these, commands among them, and every module of ours that they import.
+PULL_REQUEST = ("src/**/*.edit.py", "src/**/__main__.py", "tests/**/test_exl3.py", "docs/source/en/**/*")
 ABSENT_FROM_PYPI = ("docs", "tests/quantization", "utils")
 GENERATED = {"__pycache__", ".ruff_cache", ".pytest_cache"}
 EDIT = re.compile(r"\.edit(?=\.[^.]+$|$)")

@@ -344,6 +344,32 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertEqual(download.call_args.kwargs["revision"], "v1")
         self.assertEqual(ModelCard.load(Path(self.output, "README.md")).data.base_model, "someone/small")
 
+    def test_a_gguf_file_is_unpacked_once(self):
+        """What unpacks it is upstream's; `test_exl3_real` has a real file."""
+        small_model(self.source)
+        file = Path(self.folder, "model.gguf")
+        file.write_bytes(b"GGUF")
+        unpacked = []
+
+        def load(pretrained_model_name_or_path, gguf_file, **kwargs):
+            self.assertEqual((pretrained_model_name_or_path, gguf_file), (file.parent, file.name))
+            unpacked.append(LlamaForCausalLM.from_pretrained(self.source))
+            return unpacked[-1]
+
+        with (
+            patch("transformers.models.auto.AutoModelForCausalLM.from_pretrained", load),
+            patch("transformers.models.auto.AutoTokenizer.from_pretrained"),
+        ):
+            with stopping_after(2):
+                self.assertRaises(KeyboardInterrupt, convert, file, self.output, small_config())
+            code, out, errors = self.run_command(
+                *f"-i {file} -o {self.output} -b 1 --effort fast --skip mlp -r".split()
+            )
+        self.assertEqual((code, errors), (0, ""))
+        self.assertEqual(len(unpacked), 1)
+        self.assertIn("0.0 MB became 0.3 MB", out)
+        self.assertEqual(digests(self.output).keys(), {*SAVED, "README.md"})
+
     def test_sources_that_are_refused(self):
         plain, quantized = os.path.join(self.folder, "plain"), os.path.join(self.folder, "quantized")
         model = tiny_model("llama")[0]

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig, Trainer, TrainingArguments
 from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import (
     backend_empty_cache,
@@ -114,6 +115,16 @@ class Exl3RealModelTest(unittest.TestCase):
         """Upstream takes one of the two (`get_hf_quantizer`); `setUpClass` shows the two steps."""
         with self.assertRaisesRegex(ValueError, "cannot combine Quantization and loading a model from a GGUF file"):
             AutoModelForCausalLM.from_pretrained(**self.source, quantization_config=Exl3Config(bits=4))
+
+    def test_the_command_unpacks_a_gguf_file(self):
+        file = os.path.join(self.source["pretrained_model_name_or_path"], self.source["gguf_file"])
+        config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp", "q_proj", "o_proj", "v_proj"])
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertRegex(convert(file, folder, config), r"k_proj +18 +1 +2,949,120 ")
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        self.assertEqual(tokenizer("A trellis is").input_ids, self.tokenizer("A trellis is").input_ids)
+        weight = self.model.model.layers[0].mlp.up_proj.weight.bfloat16()
+        torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.detach(), weight, rtol=0, atol=0)
 
     @require_peft
     def test_the_trainer_lowers_the_loss_of_adapters(self):

@@ -108,8 +108,9 @@ def convert(
     begin, source, output = time.monotonic(), os.fspath(source), Path(output)
     device = _checked(torch.device(device)) if device is not None else None
     folder = _found(source, revision)
-    files = [folder] if folder.suffix == ".gguf" else [folder / CONFIG_NAME, *_weight_files(folder)]
-    settings = {"effort": config.effort, **config.to_dict(), **versions(), **fingerprints(files)}
+    weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
+    before = _size(weights)
+    settings = {"effort": config.effort, **config.to_dict(), **versions(), **fingerprints([*others, *weights])}
     if base_model is None and not Path(source).exists():
         base_model = source
     conversion = Conversion(output, settings)
@@ -129,9 +130,12 @@ def convert(
         model.save_pretrained(output, max_shard_size=max_shard_size)
         table = _table(model)
         del model
-    before, after = (sum(file.stat().st_size for file in _weight_files(of)) for of in (folder, output))
-    seconds = time.monotonic() - begin
+    after, seconds = _size(_weight_files(output)), time.monotonic() - begin
     return f"{table}\n{before / 1e6:,.1f} MB became {after / 1e6:,.1f} MB, in {seconds:,.0f} s: {output}"
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _checked(device: torch.device) -> torch.device:
