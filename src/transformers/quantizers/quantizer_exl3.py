@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import os
 import re
 from typing import TYPE_CHECKING
 
-from ..utils import is_accelerate_available, is_torch_available, logging
+from ..utils import CONFIG_NAME, is_accelerate_available, is_torch_available, logging
 from .base import HfQuantizer
 from .quantizers_utils import get_module_from_name
 
@@ -47,6 +48,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self.float_dtype = None
         self.progress = None  # of quantizing
         self.file_names = None  # of a float checkpoint's tensors, and the model's state before modules are replaced
+        self.published = None  # what config.json beside the weights says
         self.has_failed = False  # whether a parameter could not be quantized
 
     @property
@@ -99,6 +101,8 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3 import replace_with_exl3_modules
         from ..integrations.exl3.finished import layers
 
+        path = os.path.join(os.path.dirname((checkpoint_files or [""])[0]), CONFIG_NAME)
+        self.published = model.config._dict_from_json_file(path) if checkpoint_files and os.path.isfile(path) else None
         if self.requires_parameters_quantization:
             modules = self._plan(model, kwargs.get("device_map"))
             self.file_names = self._read_names(checkpoint_files), model.state_dict()

@@ -165,6 +165,17 @@ SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 64, "intermediat
 SIGLIP2 |= {"num_attention_heads": 2, "patch_size": 16, "num_patches": 16, "vision_use_head": False}
 PIXTRAL = {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 PIXTRAL |= {"num_attention_heads": 2, "head_dim": 32, "image_size": 56, "patch_size": 14}
+NEMOTRON = {name: value for name, value in ONE_KIND.items() if name != "num_hidden_layers"}
+NEMOTRON |= {"ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2}
+NEMOTRON |= {"layers_block_type": ["linear_attention", "full_attention"]}
+
+
+def _letters(config):
+    for name in ("layers_block_type", "mtp_layers_block_type", "layer_types"):
+        config.pop(name, None)
+    config |= {"hybrid_override_pattern": "M*", "num_hidden_layers": 2}
+
+
 PLAIN_LAYERS = {
     "llama": (ONE_KIND, set()),
     "gemma4_text": (
@@ -237,6 +248,13 @@ class Exl3PlainLayersTest(unittest.TestCase):
         self.assertEqual({path.rpartition("layers.0.")[2].removeprefix("model.") for path in left}, expected)
 
 
+def _common(content, other):
+    """`content` with the fields that `other` has, too."""
+    if not isinstance(content, dict) or not isinstance(other, dict):
+        return content
+    return {name: _common(content[name], other[name]) for name in content.keys() & other.keys()}
+
+
 @require_torch
 @require_accelerate
 class Exl3SavedConfigTest(unittest.TestCase):
@@ -257,3 +275,62 @@ class Exl3SavedConfigTest(unittest.TestCase):
         text = content.get("text_config", content)
         self.assertEqual((text["num_experts"], text["num_local_experts"]), (2, 2))
         self.assertEqual(loaded.get_text_config().to_dict(), quantized.config.get_text_config().to_dict())
+
+    @parameterized.expand(
+        [
+            (
+                "the_kind_of_a_tower",
+                "qwen3_vl",
+                QWEN_VL,
+                lambda config: config["vision_config"].update(model_type="qwen3_vl"),
+            ),
+            ("letters_of_blocks", "nemotron_h", NEMOTRON, _letters),
+        ]
+    )
+    def test_what_the_loaded_file_says_stays(self, _, architecture, fields, publish):
+        """Transformers reads a field and writes another, or another value: other programs know the first."""
+        auto_class = AutoModelForImageTextToText if "vision_config" in fields else AutoModelForCausalLM
+        model = auto_class.from_config(AutoConfig.for_model(architecture, **fields))
+        config = Exl3Config(
+            bits=1, effort="fast", modules_to_not_convert=["mlp", "visual"] if "vision_config" in fields else None
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            path = os.path.join(folder, "config.json")
+            with open(path, encoding="utf-8") as file:
+                published = json.load(file)
+            publish(published)
+            for name in ("architectures", "dtype", "transformers_version"):
+                published.pop(name)
+            published.get("text_config", published).pop("use_cache", None)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(published, file)
+            quantized = auto_class.from_pretrained(folder, quantization_config=config)
+            quantized.config.get_text_config().use_cache = False
+            quantized.save_pretrained(folder)
+            with open(path, encoding="utf-8") as file:
+                saved = json.load(file)
+            loaded = AutoConfig.from_pretrained(folder)
+            again = auto_class.from_pretrained(folder)
+            again.save_pretrained(folder)
+            with open(path, encoding="utf-8") as file:
+                self.assertEqual(json.load(file), saved)
+        self.assertIs(saved.get("text_config", saved)["use_cache"], False)
+        self.assertEqual(_common(saved, published), published)
+        self.assertEqual("layers_block_type" in saved, "layers_block_type" in published)
+        self.assertEqual(loaded.get_text_config().to_dict(), quantized.config.get_text_config().to_dict())
+
+    def test_a_loaded_file_that_means_another_model_is_not_believed(self):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **ONE_KIND))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            path = os.path.join(folder, "config.json")
+            with open(path, encoding="utf-8") as file:
+                published = json.load(file)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(published | {"head_dim": "of another"}, file)
+            quantized = AutoModelForCausalLM.from_pretrained(
+                folder, config=model.config, quantization_config=Exl3Config(bits=1, effort="fast")
+            )
+            quantized.save_pretrained(folder)
+            self.assertEqual(AutoConfig.from_pretrained(folder).head_dim, model.config.head_dim)

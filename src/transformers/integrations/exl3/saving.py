@@ -14,6 +14,7 @@
 """How EXL3 checkpoints are saved: with a `quantization_config.json`, and whole before they take the place of others."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import json
@@ -122,7 +123,7 @@ def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
         if is_writer:
             if not getattr(model, "_hf_peft_config_loaded", False):
                 _write_tensor_storage(model, unfinished)
-                _write_older_names(model.config, unfinished)
+                _write_names_of_fields(model.config, unfinished, model.hf_quantizer.published)
             _move(unfinished, folder, arguments["variant"])
     finally:
         model.config.distributed_config = asked
@@ -142,27 +143,57 @@ def _write_tensor_storage(model: PreTrainedModel, folder: str):
         file.write(json.dumps(model.config.quantization_config.to_dict() | storage))
 
 
-def _write_older_names(config: PreTrainedConfig, folder: str):
+def _write_names_of_fields(config: PreTrainedConfig, folder: str, published: dict | None):
     """
-    Have config.json in `folder` hold fields under the older names, too, that the class of `config` knows for them: other
-    programs read a checkpoint by these.
+    Have config.json in `folder` tell what other programs, which know a checkpoint by the fields that it was published with, look
+    for: those of `published`, the config.json that it was loaded with, where they mean the same, and older names of fields that the
+    class of `config` knows.
     """
-
-    def add(config: PreTrainedConfig, content: dict):
-        for older, name in config.attribute_map.items():
-            if name in content:
-                content.setdefault(older, content[name])
-        for name in config.sub_configs:
-            if isinstance(content.get(name), dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
-                add(getattr(config, name), content[name])
-
     path = os.path.join(folder, CONFIG_NAME)
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    add(config, content)
+    content = config._dict_from_json_file(path)
+    if published is not None and published.get("model_type") == config.model_type:
+        content = _as_published(type(config), content, published)
+    _add_older_names(config, content)
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
+        json.dump(config._encode_special_floats(content), file, indent=2, sort_keys=True)
         file.write("\n")
+
+
+def _add_older_names(config: PreTrainedConfig, content: dict):
+    for older, name in config.attribute_map.items():
+        if name in content:
+            content.setdefault(older, content[name])
+    for name in config.sub_configs:
+        if isinstance(content.get(name), dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
+            _add_older_names(getattr(config, name), content[name])
+
+
+OF_THE_SAVED = ("architectures", "dtype", "quantization_config", "transformers_version")
+
+
+def _as_published(kind: type[PreTrainedConfig], written: dict, published: dict) -> dict:
+    """`published` with what differs in `written`, if that is read as `written` is; else `written`."""
+
+    def read(content: dict) -> dict:
+        return kind.from_dict(copy.deepcopy(content)).to_dict()
+
+    wanted = read(written)
+    result = {name: value for name, value in published.items() if name not in (*OF_THE_SAVED, "torch_dtype")}
+    result = copy.deepcopy(result) | {name: written[name] for name in OF_THE_SAVED if name in written}
+    try:
+        _take_differences(result, read(result), wanted, written)
+        return result if read(result) == wanted else written
+    except Exception:  # of a class that does not read it: the model was loaded with a config of the user's
+        return written
+
+
+def _take_differences(result: dict, found: dict, wanted: dict, written: dict):
+    for name in [name for name in wanted if found.get(name) != wanted[name]]:
+        parts = [content.get(name) for content in (result, found, wanted, written)]
+        if all(isinstance(part, dict) for part in parts):
+            _take_differences(*parts)
+        else:
+            result[name] = written.get(name, wanted[name])
 
 
 @contextlib.contextmanager

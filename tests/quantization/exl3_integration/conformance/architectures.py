@@ -187,8 +187,6 @@ def qwen4(config):
     config["vision_config"]["deepstack_visual_indexes"] = []
 
 
-OLD_TOWER = "exllamav3 knows the tower by the `model_type` of older files, Transformers 5 writes its own"
-INDEXED = "exllamav3 knows the layers with an indexer as `full_attention`, Transformers 5 writes `indexed_attention`"
 QWEN = images("Qwen2VLImageProcessorFast")
 QWEN4 = {
     "text_config": text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, head_dim=32, **MOE, **DELTA)
@@ -311,7 +309,6 @@ ROWS = [
         flat,
         processor=images("Qwen2VLImageProcessor"),
         vision_bits=6,
-        unreadable=OLD_TOWER,
     ),
     Row(
         "Qwen3VLForConditionalGeneration",
@@ -319,7 +316,6 @@ ROWS = [
         | {"vision_config": QWEN3_TOWER | {"deepstack_visual_indexes": [0]}},
         sets(vision__model_type="qwen3_vl"),
         processor=QWEN,
-        unreadable=OLD_TOWER,
     ),
     Row(
         "Qwen3VLMoeForConditionalGeneration",
@@ -333,7 +329,6 @@ ROWS = [
         sets(text__num_experts=4, vision__model_type="qwen3_vl_moe"),
         transposed=r"experts\.(gate_up|down)_proj",
         processor=QWEN,
-        unreadable=OLD_TOWER,
     ),
     Row(
         "Qwen3_5ForConditionalGeneration",
@@ -401,7 +396,6 @@ ROWS = [
         | {"mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2}
         | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
         nemotron,
-        unreadable="exllamav3 knows kinds of blocks by the letters of older files, Transformers 5 writes names",
     ),
     Row(
         "DeepseekV4ForCausalLM",
@@ -421,7 +415,6 @@ ROWS = [
         differs=r"wo_a(\.|$)|compressor\.(wgate|wkv)$",
         why="groups of `wo_a` are dequantized, since the model's own class multiplies with them; Transformers keeps compressors in "
         "float32",
-        unreadable="exllamav3 wants `compress_ratios` and `num_hash_layers`, which Transformers 5 writes as kinds of layers",
     ),
     Row(
         "KimiLinearForCausalLM",
@@ -458,7 +451,6 @@ ROWS = [
         },
         lambda config: (gemma4(config), config["vision_config"].update(model_patch_size=48)),
         processor=images("Gemma4ImageProcessor", do_convert_rgb=True, max_soft_tokens=16, pooling_kernel_size=3),
-        unreadable="exllamav3 wants `model_patch_size` of the tower, which Transformers computes and does not write",
     ),
     Row(
         "Qwen4ExpForConditionalGeneration",
@@ -468,7 +460,6 @@ ROWS = [
         refused="with a table of hashed n-grams are not supported",
         differs=r"\.ple\.",
         why="exllamav3 leaves the projections of n-grams alone; it reads them quantized, too",
-        unreadable=INDEXED,
     ),
     Row(
         "Qwen4ExpForConditionalGeneration",
@@ -476,7 +467,6 @@ ROWS = [
         qwen4,
         variant="without n-grams",
         processor=QWEN,
-        unreadable=INDEXED,
     ),
 ]
 
