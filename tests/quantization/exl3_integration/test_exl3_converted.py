@@ -230,6 +230,12 @@ class Exl3ConvertedTest(unittest.TestCase):
         checkpoint.tensors[f"{prefix}.None.weight"] = torch.cat([checkpoint.tensors.pop(part) for part in parts])
         model = self.assert_loads(checkpoint)
         self.assertIsInstance(model.model.layers[0].linear_attn.v_proj, Exl3Linear)
+        again = read_tensors(os.path.join(self.folder, "again"))
+        for leaf, tensor in tensors.items():
+            torch.testing.assert_close(again[f"{prefix}.in_proj_qkv.{leaf}"], tensor, rtol=0, atol=0)
+        model.model.layers[0].linear_attn.q_proj.suh[0] += 1  # not of one layer any more
+        model.save_pretrained(path := os.path.join(self.folder, "apart"))
+        self.assertIn(f"{prefix}.q_proj.trellis", read_tensors(path))
 
     def test_dimensions_of_size_one_that_are_left_out(self):
         """`A_log` of Kimi-Linear, four numbers of `[1, 1, 4, 1]`."""

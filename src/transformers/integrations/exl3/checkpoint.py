@@ -204,6 +204,25 @@ def cut_columns(tensors: dict[str, torch.Tensor], columns: range) -> dict[str, t
     return {leaf: (cut[leaf](tensor) if leaf in cut else tensor).clone() for leaf, tensor in tensors.items()}
 
 
+def join_columns(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+    """The tensors of a layer that `cut_columns` made `parts` of, None if they are not of one."""
+    first = parts[0]
+    if any(part.keys() != first.keys() for part in parts) or "bias" in first:
+        return None
+    joined = {}
+    for leaf, tensor in first.items():
+        tensors = [part[leaf] for part in parts]
+        if leaf in ("trellis", "svh", "sv"):
+            if leaf == "trellis" and len({tensor.shape[::2] for tensor in tensors}) > 1:
+                return None
+            joined[leaf] = torch.cat(tensors, dim=1 if leaf == "trellis" else 0)
+        elif all(torch.equal(tensor, other) for other in tensors):
+            joined[leaf] = tensor
+        else:
+            return None
+    return joined
+
+
 def _one(tensors, *names) -> str | None:
     found = [name for name in names if name in tensors]
     return found[0] if len(found) == 1 else None

@@ -44,7 +44,7 @@ from ...core_model_loading import (
 from ...distributed.sharding_utils import DtensorShardOperation
 from ...distributed.utils import is_dtensor
 from . import format, ops
-from .checkpoint import cut_columns
+from .checkpoint import LINEAR_TENSORS, cut_columns, join_columns
 from .embeddings import Exl3Embedding
 from .experts import Exl3Experts, Exl3StackedLinear
 from .modules import Exl3Module, local
@@ -430,6 +430,52 @@ class Exl3Cut(Exl3Make):
         return result
 
 
+class Exl3Join(ConversionOps):
+    """
+    Makes on saving one quantized layer again of those that `Exl3Cut` made of it, if they are all there as they were.
+
+    Args:
+        joined (`dict[str, list[str]]`): By the layer's name in the checkpoint, after upstream's renamings, the paths of its parts.
+    """
+
+    def __init__(self, joined: dict[str, list[str]]):
+        self.joined = joined
+
+    def convert(self, input_dict, full_layer_name=None, **kwargs):
+        layer = full_layer_name.removesuffix(_AS_STORED)
+        parts = [
+            {name.rpartition(".")[2]: tensor for name, tensor in input_dict.items() if name.startswith(f"{path}.")}
+            for path in self.joined[layer]
+        ]
+        whole = join_columns(parts)
+        if whole is not None:
+            input_dict = {f"{layer}.{leaf}": tensor for leaf, tensor in whole.items()}
+        return Exl3AsStored().convert(input_dict)
+
+
+class Exl3Joined(WeightConverter):
+    """Does nothing on loading, and on saving what `Exl3Join`, which it takes, does."""
+
+    __slots__ = ()
+
+    def __init__(self, operation: Exl3Join):
+        super().__init__("exl3 joined", "exl3 joined", [operation])
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, None
+
+    def was_used(self) -> bool:
+        return True
+
+    def reverse_transform(self) -> Exl3Converter:
+        (operation,) = self.operations
+        layers = {path: layer for layer, paths in operation.joined.items() for path in paths}
+        return Exl3Converter(
+            {f"{path}.{leaf}": layer + _AS_STORED for path, layer in layers.items() for leaf in LINEAR_TENSORS},
+            operation,
+        )
+
+
 class Exl3Dequantize(Exl3Make):
     """Turns the tensors of one quantized module into the parameters of the plain one."""
 
@@ -514,7 +560,9 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     stacks = _stacks(placement, experts)
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
     stored = Exl3Stored(kept, placement.model, weight_conversions)
-    return [*spelled, Exl3StackNames(stacks), *converters, *weight_conversions, Exl3Names(names), stacks, stored]
+    joined = {apply_renamings(name, renamings): [*parts] for name, parts in placement.cut.items()}
+    saving = [Exl3Names(names), stacks, stored, Exl3Joined(Exl3Join(joined))]
+    return [*spelled, Exl3StackNames(stacks), *converters, *weight_conversions, *saving]
 
 
 def _stacks(placement, experts: dict[str, Exl3Experts]) -> Exl3Stacks:
@@ -546,8 +594,9 @@ def _file_names(placement, is_plain: bool, weight_conversions: list[WeightTransf
             kept.add(f"{name}.weight")
     plain = {*placement.checkpoint.others, *(f"{name}.weight" for name in decoded)}
     model = placement.model
+    known = {name: path for name, path in placement.padded.items() if path not in placement.transposed}
     return Exl3FileNames(
-        names_in_files(plain | kept, weight_conversions, model.base_model_prefix, placement.plain, kept)
+        names_in_files(plain | kept, weight_conversions, model.base_model_prefix, placement.plain, kept, known)
     )
 
 

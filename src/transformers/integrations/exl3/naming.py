@@ -65,6 +65,7 @@ def names_in_files(
     prefix: str,
     parameters: dict[str, Tensor],
     kept: Container[str] = (),
+    known: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """
     The names in files that saving would not bring back: where upstream renames two to one, or finds the prefix of the base model
@@ -76,6 +77,7 @@ def names_in_files(
         prefix (`str`): Of the base model.
         parameters (`dict[str, torch.Tensor]`): The model's, which tell whether the prefix is added or removed.
         kept (`Container[str]`, *optional*): Those of `names` that are saved without it if the files have them without.
+        known (`dict[str, str]`, *optional*): Those of `names` that upstream does not find a parameter for, with it.
 
     Returns:
         `dict[str, str]`: By the name that upstream would save it by, the name in the files.
@@ -90,6 +92,7 @@ def names_in_files(
             target, _ = rename_source_key(name, renamings, converters, prefix, parameters)
             bare = renamed.removeprefix(f"{prefix}.")
             inside[name] = f"{prefix}.{bare}" if target.startswith(f"{prefix}.") else bare
+    inside |= known or {}
     back = [entry.reverse_transform() for entry in renamings[::-1] if entry.was_used()]
     saved = {name: apply_renamings(renamed, back) for name, renamed in inside.items()}
     return {other: name for name, other in saved.items() if other != name}

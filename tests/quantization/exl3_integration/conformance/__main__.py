@@ -205,6 +205,10 @@ class Case:
         again = self.load("resaved")
         if difference(again(**_inputs).logits, quantized(**_inputs).logits) > TOLERANCE:
             self.note("saved again", "loads as another model")
+        differing = {
+            name for name in self.conversion.of_text if self.row.differs and re.search(self.row.differs, name)
+        }
+        self.read_back("resaved", self.conversion.of_text - differing)
 
     def quantize(self):
         """What is quantized on the fly, and who reads it."""
@@ -227,24 +231,22 @@ class Case:
         self.note(
             "same layers", f"not: {in_short(others - listed)[:8]}" if others - listed else "", listed and self.row.why
         )
-        self.read_back(ours)
+        self.read_back("quantized", ours, self.row.unreadable)
 
-    def read_back(self, ours: set[str]):
+    def read_back(self, folder: str, ours: set[str], unreadable: str | None = None):
+        """Whether exllamav3 reads what is saved in `folder`, and the layers `ours` of it as quantized ones."""
+        what = {"resaved": "read again", "quantized": "exllamav3 reads it"}[folder]
         for name in ("preprocessor_config.json", "processor_config.json"):
             if self.row.processor:
-                os.link(os.path.join(self.path("source"), name), os.path.join(self.path("quantized"), name))
+                os.link(os.path.join(self.path("source"), name), os.path.join(self.path(folder), name))
         try:
-            read, problems = exllamav3.read_back(self.path("quantized"))
+            read, problems = exllamav3.read_back(self.path(folder))
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"[:300]
-            self.note("exllamav3 reads it", "" if self.row.unreadable else text, f"no: {self.row.unreadable}")
-            return
+            problems, read = [f"{type(error).__name__}: {error}"[:300]], ours
         problems += [f"not read as quantized: {in_short(ours - read)[:8]}"] if ours - read else []
-        if self.row.unreadable:
+        if unreadable:
             problems = [] if problems else ["it does, and the row says that it does not"]
-        self.note(
-            "exllamav3 reads it", "; ".join(problems)[:500], self.row.unreadable and f"no: {self.row.unreadable}"
-        )
+        self.note(what, "; ".join(problems)[:500], unreadable and f"no: {unreadable}")
 
 
 def _same(stored: torch.Tensor, saved: torch.Tensor) -> bool:

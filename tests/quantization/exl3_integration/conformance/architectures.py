@@ -187,6 +187,7 @@ def qwen4(config):
     config["vision_config"]["deepstack_visual_indexes"] = []
 
 
+ONE_LAYER = "exllamav3 reads query, key and value quantized as one layer only"
 QWEN = images("Qwen2VLImageProcessorFast")
 QWEN4 = {
     "text_config": text(rope_parameters=PARTIAL, shared_expert_intermediate_size=64, head_dim=32, **MOE, **DELTA)
@@ -385,9 +386,9 @@ ROWS = [
         names=lambda name: name.replace("attention_layer_norm", "input_layernorm").replace(
             "feedforward_layer_norm", "post_attention_layernorm"
         ),
-        differs=r"linear_attn\.(in_proj_qkv|q_proj|k_proj|v_proj|None|conv1d)(\.|$)",
-        why="exllamav3 writes query, key and value as one layer, and forgets the name of their convolution; the model has three",
-        unreadable="exllamav3 cannot read its own checkpoints of this architecture either",
+        differs=r"linear_attn\.(in_proj_qkv$|[qkv]_proj$)",
+        why="exllamav3 writes query, key and value as one layer, the model has three",
+        unreadable=ONE_LAYER,
     ),
     Row(
         "NemotronHForCausalLM",
@@ -423,9 +424,9 @@ ROWS = [
         | {"layer_types": DELTA["layer_types"], "n_group": 1},
         kimi,
         names=lambda name: re.sub(r"block_sparse_moe\.(\w+_proj\.)", r"mlp.\1", name),
-        differs=r"self_attn\.(qkv|q|k|v)_proj",
+        differs=r"self_attn\.(qkv|q|k|v)_proj$",
         why="exllamav3 writes query, key and value as one layer, the model has three",
-        unreadable="exllamav3 reads query, key and value quantized as one layer only",
+        unreadable=ONE_LAYER,
     ),
     Row(
         "MuseGlimmerForConditionalGeneration",
