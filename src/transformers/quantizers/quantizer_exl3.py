@@ -32,10 +32,11 @@ logger = logging.get_logger(__name__)
 # What a config says of weights that were quantized here. Converters fold constants into those of some architectures.
 QUANTIZED_HERE = {"quantized_by": "transformers"}
 TIED_HEAD = {"tied_head": True}  # to a quantized table, which no converter writes
+CALIBRATION = "calibration"  # the field for rows and columns of the data, as converters have it
 
 
 class Exl3HfQuantizer(HfQuantizer):
-    """Loads EXL3 checkpoints, and quantizes float ones to EXL3 while loading them, without data."""
+    """Loads EXL3 checkpoints, and quantizes float ones to EXL3: while loading them, or with data when they are loaded."""
 
     requires_calibration = False
     required_packages = ["torch", "accelerate"]
@@ -62,10 +63,22 @@ class Exl3HfQuantizer(HfQuantizer):
             raise ValueError(
                 "`device_map` is an empty dict and places nothing: pass `auto`, a device, or leave it out."
             )
+        if self.quantization_config.dataset is not None:
+            self._check_data(device_map)
         if self.requires_parameters_quantization and self.quantization_config.dequantize:
             raise ValueError(
                 "`dequantize=True` is for EXL3 checkpoints, and this checkpoint is not quantized: load it without "
                 "`quantization_config`."
+            )
+
+    def _check_data(self, device_map):
+        if self.pre_quantized:
+            raise ValueError("`dataset` is for quantizing, and this checkpoint is quantized: leave it out.")
+        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                "A model that is quantized with a `dataset` has to fit in memory as it is, and `device_map` offloads some of it. "
+                "Quantize it without `dataset`, or on devices that hold it."
             )
 
     def update_dtype(self, dtype: "torch.dtype") -> "torch.dtype":
@@ -78,6 +91,10 @@ class Exl3HfQuantizer(HfQuantizer):
         asked = getattr(model.config, "distributed_config", None)
         if asked is None or plan is model.ep_plan:
             return  # upstream calls this for the tensor parallel plan first: what is to be done to both is done then
+        if self.quantization_config.dataset is not None:
+            raise ValueError(
+                "A model is quantized with a `dataset` in one process: leave `distributed_config` out, save the model, and load that."
+            )
         if asked.pp_size > 1:
             raise ValueError(
                 "EXL3 models cannot be distributed by `pp_size`: upstream sends activations between stages in the dtype of a stage's "
@@ -121,7 +138,7 @@ class Exl3HfQuantizer(HfQuantizer):
 
         config = self.quantization_config
         # Of a dict that a user wrote.
-        config._check_unknown(config.converter_fields.keys() - QUANTIZED_HERE.keys() - TIED_HEAD.keys())
+        config._check_unknown(config.converter_fields.keys() - {*QUANTIZED_HERE, *TIED_HEAD, CALIBRATION})
         config.codebook = config.codebook or "mul1"
         config.converter_fields |= QUANTIZED_HERE
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
@@ -129,6 +146,11 @@ class Exl3HfQuantizer(HfQuantizer):
         self.plan = Plan(model, config, [name.removesuffix(".bias") for name in skip])
         if self.plan.has_tied_head:
             config.converter_fields |= TIED_HEAD
+        # The loading report is to name what the files lack of the float model, and not what it is quantized to.
+        parts = [part for module in self.plan.modules.values() for part in module.modules()]
+        leaves = {name for part in parts for name in getattr(part, "stored", ())} - {"bias"}
+        made = rf"\.({'|'.join(sorted(leaves))})$"
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), made}
         self.progress = Progress(self.plan.weights, int(config.bits), config.codebook, config.effort)
         if device_map is None or not torch.accelerator.is_available():
             self.progress.check(layers().device or torch.device("cpu"))  # elsewhere when the first weight is there
@@ -216,7 +238,14 @@ class Exl3HfQuantizer(HfQuantizer):
     def param_element_size(self, model: "PreTrainedModel", param_name: str, param: "torch.Tensor") -> float:
         module, name = get_module_from_name(model, param_name)
         is_placeholder = name in getattr(module, "pending", ()) and name not in module.stored
-        return 0 if is_placeholder else param.element_size()
+        return 0 if is_placeholder and not self.waits_for_data(module, name) else param.element_size()
+
+    def waits_for_data(self, module: "torch.nn.Module", name: str) -> bool:
+        """Whether the parameter `name` of the plain module that `module` stands for is quantized when its inputs arrive."""
+        from ..integrations.exl3.embeddings import Exl3Embedding
+
+        is_weight = not isinstance(module, Exl3Embedding) and not name.endswith("bias")
+        return is_weight and self.quantization_config.dataset is not None
 
     def get_quantize_ops(self):
         from ..integrations.exl3.quantizing import Exl3Quantize
@@ -227,13 +256,26 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.quantizing import finish_modules
         from ..integrations.exl3.restoring import restore
 
-        finish_modules(model, self.progress)
+        finish_modules(model, self.progress, self._calibrate_on(model))
         if self.progress is not None:
             self.progress.close()
         if self.placement is not None:
             restore(model, self.placement.lacking)
         self.placement = self.plan = self.progress = self.file_names = None
         return model
+
+    def _calibrate_on(self, model):
+        """What quantizes modules of `model` with data, by their paths; None where there is no data."""
+        config = self.quantization_config
+        if config.dataset is None:
+            return None
+        from ..integrations.exl3.calibration import calibrate
+
+        def calibrate_at(paths):
+            rows, columns = calibrate(model, paths, config, self.progress)
+            config.converter_fields[CALIBRATION] = {"rows": rows, "cols": columns}
+
+        return calibrate_at
 
     def _dequantize(self, model, dtype=None):
         from ..integrations.exl3.quantizing import dequantize_modules

@@ -38,6 +38,18 @@ class Exl3Config(QuantizationConfigMixin):
             rates, or 16 for not quantized. Of several that match, the last counts. The parts of fused projections and of
             experts go by the names that files have for them, too. A pattern that matches no layer to be quantized is an
             error; the head is told about by `head_bits` alone.
+        dataset (`str` or `list`, *optional*):
+            Data to quantize with, so that outputs err less than without: texts, lists of token ids, or `"self"` for text that
+            the model writes itself. Layers are quantized one after the other while the model reads it, and the whole float
+            model has to fit in memory. The same data may give other bytes on another machine. It is not written to checkpoints.
+        tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*):
+            For a `dataset` of texts, by default the model's.
+        calibration_rows (`int`, *optional*, defaults to 16):
+            How many windows of the `dataset` to read, at most.
+        calibration_length (`int`, *optional*, defaults to 512):
+            Tokens of a window. Texts are joined and cut into windows, and so are lists of token ids that are shorter than others.
+        calibration_seed (`int`, *optional*, defaults to 0):
+            Of the text that the model writes.
         effort (`str`, *optional*, defaults to `"default"`):
             How thoroughly a model is quantized: `"default"`, within 0.05 dB of the least error that the format allows,
             or `"fast"`, which takes up to half the time and has 0.1 to 0.5 dB more error (0.02 to 0.08 bits). It is not
@@ -63,6 +75,11 @@ class Exl3Config(QuantizationConfigMixin):
         modules_to_not_convert: list | None = None,
         overrides: dict[str, float] | None = None,
         embedding_bits: int | None = None,
+        dataset: str | list[str] | list[list[int]] | None = None,
+        tokenizer: Any = None,
+        calibration_rows: int = 16,
+        calibration_length: int = 512,
+        calibration_seed: int = 0,
         effort: str = "default",
         dequantize: bool = False,
         **kwargs,
@@ -75,6 +92,11 @@ class Exl3Config(QuantizationConfigMixin):
         self.codebook = codebook
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides = overrides
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.calibration_rows = calibration_rows
+        self.calibration_length = calibration_length
+        self.calibration_seed = calibration_seed
         self.effort = effort
         self.dequantize = dequantize
         self.converter_fields = {}
@@ -118,6 +140,31 @@ class Exl3Config(QuantizationConfigMixin):
             raise TypeError(f"`modules_to_not_convert` of Exl3Config has to be a list of names, got {names!r}")
         if not isinstance(self.dequantize, bool):
             raise TypeError(f"`dequantize` of Exl3Config has to be True or False, got {self.dequantize!r}")
+        self._check_data()
+
+    def _check_data(self):
+        for name, least in (("calibration_rows", 1), ("calibration_length", 2), ("calibration_seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` of Exl3Config has to be a whole number from {least} on, got {value!r}")
+        if self.dataset is None or self.dataset == "self":
+            if self.tokenizer is not None:
+                raise ValueError("`tokenizer` of Exl3Config is for a `dataset` of texts. Pass both or none.")
+            return
+        if isinstance(self.dataset, str):
+            raise ValueError(
+                f"`dataset` of Exl3Config knows no names but `self`, got {self.dataset!r}: read the data, and pass a list of texts."
+            )
+        rows = self.dataset if isinstance(self.dataset, (list, tuple)) and len(self.dataset) else [None]
+        is_text = all(isinstance(row, str) for row in rows)
+        if not is_text and not all(
+            isinstance(row, (list, tuple)) and all(type(token) is int for token in row) for row in rows
+        ):
+            raise TypeError(
+                '`dataset` of Exl3Config has to be `None`, `"self"`, a list of texts or a list of lists of token ids, and not empty'
+            )
+        if self.tokenizer is not None and not is_text:
+            raise ValueError("`tokenizer` of Exl3Config is for a `dataset` of texts, and this is one of token ids.")
 
     @staticmethod
     def _is_number(value) -> bool:
@@ -155,7 +202,7 @@ class Exl3Config(QuantizationConfigMixin):
         return result
 
     def get_loading_attributes(self):
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "dataset": self.dataset}
 
     def to_dict(self) -> dict[str, Any]:
         written = ("bits", "head_bits", "embedding_bits", "codebook", "modules_to_not_convert", "overrides")

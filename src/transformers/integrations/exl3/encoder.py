@@ -104,25 +104,23 @@ def quantize_weight(
             are not finite, or needs scales that are too large for fp16.
     """
     bits = format.check_bits(bits)
-    rms = _input_rms(bits, codebook)
-    _check(weight)
+    rms = input_rms(bits, codebook)
+    check_weight(weight)
     into, out = format.padded(weight.shape[1]), format.padded(weight.shape[0])
-    suh, svh = (scale.double() for scale in _scales(weight, rms, seed))
+    suh, svh = (scale.double() for scale in scales(weight, rms, seed))
     values = format.codebook_values(codebook, weight.device).float()
     words = int(bits * format.TILE)
     trellis = torch.empty(into // format.TILE, out // format.TILE, words, dtype=torch.int16, device=weight.device)
-    for start, strip in _strips(weight):
+    for start, strip in strips(weight):
         columns = slice(start, start + strip.shape[0])
-        regular = hadamard(_divide(_divide(strip, suh), svh[columns, None]).float())
-        regular = hadamard(regular.T.contiguous())
-        tiles = format.matrix_to_tiles(regular)
+        tiles = format.matrix_to_tiles(regular(strip, suh, svh[columns]))
         states = search(tiles.flatten(0, 1), bits, codebook, effort).view(tiles.shape)
         trellis[:, start // format.TILE : columns.stop // format.TILE] = format.pack_states(states, bits)
         decoded = hadamard(hadamard(format.tiles_to_matrix(values[states])).T.contiguous()).double() * suh
-        svh[columns] = _divide(_sum(decoded * strip, 1), _sum(decoded * decoded, 1))
+        svh[columns] = divide(_sum(decoded * strip, 1), _sum(decoded * decoded, 1))
         if progress is not None:
             progress(max(min(columns.stop, weight.shape[0]) - start, 0) * weight.shape[1])
-    return trellis, _to_fp16(suh), _to_fp16(svh)
+    return trellis, to_fp16(suh), to_fp16(svh)
 
 
 def quantize_embedding(
@@ -150,7 +148,7 @@ def quantize_embedding(
     bits = format.check_bits(bits)
     if bits != int(bits):
         raise ValueError(f"EXL3 has no embedding tables of {bits:g} bits: the rate has to be a whole number")
-    _check(weight)
+    check_weight(weight)
     groups = -(-weight.shape[1] // format.EMBEDDING_GROUP)
     width = groups * format.EMBEDDING_GROUP
     signs = random_signs(width, seed, 0, weight.device)
@@ -160,9 +158,9 @@ def quantize_embedding(
     for start in range(0, weight.shape[0], step):
         rows = torch.nn.functional.pad(weight[start : start + step].detach().double(), (0, width - weight.shape[1]))
         rings = hadamard((rows * signs).view(-1, format.EMBEDDING_GROUP), format.EMBEDDING_GROUP)
-        states = search(_divide(rings, _ring_scales(rings, bits)).float(), bits, "mul1", effort)
+        states = search(divide(rings, _ring_scales(rings, bits)).float(), bits, "mul1", effort)
         decoded = values[states].double()
-        scales = _to_fp16(_divide(_sum(decoded * rings, 1), _sum(decoded * decoded, 1)))
+        scales = to_fp16(divide(_sum(decoded * rings, 1), _sum(decoded * decoded, 1)))
         words = torch.cat((scales.view(torch.int16)[:, None], format.pack_embedding_states(states, bits)), 1)
         trellis[start : start + step] = words.unflatten(0, (-1, groups))
         if progress is not None:
@@ -173,19 +171,19 @@ def quantize_embedding(
 def _ring_scales(rings, bits):
     """What float64 `rings` `[n, 256]` are divided by for the search, `[n, 1]`; 0 for rings of zeros."""
     peak = rings.abs().amax(1, True)
-    rms = (_sum(_divide(rings, peak).square(), 1)[:, None] / format.EMBEDDING_GROUP).sqrt()
+    rms = (_sum(divide(rings, peak).square(), 1)[:, None] / format.EMBEDDING_GROUP).sqrt()
     if bits <= 4:
         return peak * rms / INPUT_RMS["mul1"][bits]
     return torch.maximum(peak * rms / RING_RMS, peak / RING_PEAK)
 
 
-def _input_rms(bits, codebook):
+def input_rms(bits, codebook):
     if codebook not in INPUT_RMS:
         raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
     return INPUT_RMS[codebook][bits]
 
 
-def _check(weight):
+def check_weight(weight):
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
             f"EXL3 quantizes matrices of floating point numbers, this is {list(weight.shape)} of {weight.dtype}"
@@ -211,9 +209,12 @@ def _strip_elements(weight):
     return STRIP_ELEMENTS if weight.device.type == "cpu" else ACCELERATOR_STRIP_ELEMENTS
 
 
-def _strips(weight):
-    """The first row and the values, float64 padded with zeros `[rows, in]`, of all strips of `weight` `[out, in]`."""
-    step = _strip_rows(weight)
+def strips(weight, least=0):
+    """
+    The first row and the values, float64 padded with zeros `[rows, in]`, of all strips of `weight` `[out, in]`, which have
+    `least` rows if there are as many.
+    """
+    step = max(_strip_rows(weight), least)
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step].detach().double()
         right, below = (format.padded(size) - size for size in (rows.shape[1], rows.shape[0]))
@@ -230,13 +231,22 @@ def _sum(values, dim):
     return values[0]
 
 
-def _divide(values, scales):
+def divide(values, scales):
     """`values / scales`, and 0 where the scale is 0."""
     return torch.where(scales == 0, 0.0, values / torch.where(scales == 0, 1.0, scales))
 
 
-def _scales(weight, rms, seed):
-    """`suh` and `svh`, fp16, that bring `weight` to about `rms` in every block."""
+def regular(strip, suh, svh):
+    """The rows `strip` of a weight, float64 `[rows, in]`, without their scales and rotated, as they are searched: fp32 `[in, rows]`."""
+    rotated = hadamard(divide(divide(strip, suh), svh[:, None]).float())
+    return hadamard(rotated.T.contiguous())
+
+
+def scales(weight, rms, seed, in_scale_of=lambda energy: energy.sqrt().sqrt()):
+    """
+    `suh` and `svh`, fp16, that bring `weight` to about `rms` in every block. `in_scale_of` takes the energies of input
+    channels, float64 `[in]`, to scales that go with `suh` in each block.
+    """
     largest = max(float(rows.abs().max()) for rows in weight.detach().split(_strip_rows(weight)))
     into, out = format.padded(weight.shape[1]), format.padded(weight.shape[0])
     if largest == 0:
@@ -244,15 +254,15 @@ def _scales(weight, rms, seed):
     # Energies are of `weight / largest`, whose squares neither overflow nor vanish.
     in_energy = torch.zeros(into, dtype=torch.float64, device=weight.device)
     out_energy = torch.zeros(out, dtype=torch.float64, device=weight.device)
-    for start, strip in _strips(weight):
+    for start, strip in strips(weight):
         square = (strip / largest).square()
         in_energy += _sum(square, 0)
         out_energy[start : start + strip.shape[0]] = _sum(square, 1)
     # The square root of an RMS is the fourth root of an energy; the common factor is set right below.
-    in_scale, out_scale = in_energy.sqrt().sqrt(), out_energy.sqrt().sqrt()
+    in_scale, out_scale = in_scale_of(in_energy), out_energy.sqrt().sqrt()
     energy = torch.zeros(into // format.BLOCK, out // format.BLOCK, dtype=torch.float64, device=weight.device)
-    for start, strip in _strips(weight):
-        scaled = _divide(_divide(strip / largest, in_scale), out_scale[start : start + strip.shape[0], None])
+    for start, strip in strips(weight):
+        scaled = divide(divide(strip / largest, in_scale), out_scale[start : start + strip.shape[0], None])
         blocks = scaled.square().unflatten(1, (-1, format.BLOCK)).unflatten(0, (-1, format.BLOCK))
         first = start // format.BLOCK
         energy[:, first : first + blocks.shape[0]] = _sum(_sum(blocks, 3), 1).T
@@ -271,9 +281,9 @@ def _balance(energy):
     row_scale, column_scale = (torch.ones_like(_sum(energy, dim)) for dim in (1, 0))
     filled = (energy > 0).double()
     for _ in range(BALANCE_ROUNDS):
-        column_scale = _divide(_sum(energy / row_scale[:, None].square(), 0), _sum(filled, 0)).sqrt()
+        column_scale = divide(_sum(energy / row_scale[:, None].square(), 0), _sum(filled, 0)).sqrt()
         column_scale = torch.where(column_scale == 0, 1.0, column_scale)
-        row_scale = _divide(_sum(energy / column_scale.square(), 1), _sum(filled, 1)).sqrt()
+        row_scale = divide(_sum(energy / column_scale.square(), 1), _sum(filled, 1)).sqrt()
         row_scale = torch.where(row_scale == 0, 1.0, row_scale)
     return row_scale, column_scale
 
@@ -291,10 +301,10 @@ def _split_magnitude(suh, svh, factor):
         raise ValueError(f"values of up to {factor:g} need scales that are too large for fp16")
     shift = (exponent + (low[1] + high[1] - low[0] - high[0]) // 2) // 2
     shift = min(max(shift, exponent + high[1] - FP16_EXPONENT), FP16_EXPONENT - high[0])
-    return _to_fp16(suh * 2.0**shift), _to_fp16(svh * 2.0 ** (exponent - shift))
+    return to_fp16(suh * 2.0**shift), to_fp16(svh * 2.0 ** (exponent - shift))
 
 
-def _to_fp16(scale):
+def to_fp16(scale):
     rounded = scale.float().half()
     if not torch.isfinite(rounded).all():
         raise ValueError(f"a scale of {float(scale.abs().max()):g} is too large for fp16")

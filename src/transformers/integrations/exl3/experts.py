@@ -306,6 +306,10 @@ class Exl3Experts(Exl3Module):
                 output[start:stop] = self._expert(lambda role, rows: self.projection(expert, role)(rows), rows)
         return output
 
+    def hidden_of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """What the `down` projection of an expert takes where the expert takes rows `x` `[rows, hidden]`."""
+        return self._expert(lambda role, rows: rows if role == "down" else self.projection(expert, role)(rows), x)
+
     def _expert(self, project: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What experts compute of rows `x`, where `project(role, rows)` are their projections."""
         hidden = project("up", x)

@@ -137,6 +137,10 @@ class Exl3Module(nn.Module):
         self._buffers.update({name: value for name, value in plain.items() if name not in self.stored})
         self.pending = set(plain)
 
+    def with_plain(self, parameters: dict[str, torch.Tensor]) -> nn.Module:
+        """The plain module with these parameters, the same memory."""
+        return _with_parameters(self.plain, parameters).train(self.training)
+
     def arrived(self, name: str):
         """Wait no longer for the parameter `name` of the plain module."""
         self.pending.discard(name)
@@ -278,9 +282,11 @@ class Exl3Linear(Exl3Module, nn.Linear):
         if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(f"EXL3 linear: the input is {x.dtype} {[*x.shape]}, the layer has {width} input features")
 
-    def encoded(self, weight: torch.Tensor, seed: int, effort: str, progress=None) -> dict[str, torch.Tensor]:
-        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `ops.encode`."""
-        tensors = ops.encode_with_progress(weight, self.bits, self.codebook, seed, effort, progress)
+    def encoded(
+        self, weight: torch.Tensor, seed: int, effort: str, progress=None, moments=None
+    ) -> dict[str, torch.Tensor]:
+        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `ops.encode_with_progress`."""
+        tensors = ops.encode_with_progress(weight, self.bits, self.codebook, seed, effort, progress, moments)
         stored = dict(zip(("trellis", "suh", "svh"), tensors))
         if self.codebook in format.MARKERS:
             stored[self.codebook] = format.marker(self.codebook).to(weight.device)

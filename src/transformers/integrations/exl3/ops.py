@@ -35,7 +35,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import encoder, format
+from . import encoder, feedback, format
 from .hadamard import hadamard
 from .kernels import cpu
 from .kernels.triton import gpu
@@ -536,9 +536,12 @@ def _(weight, bits, codebook, seed, effort="default"):
     return trellis, weight.new_empty(into, dtype=torch.float16), weight.new_empty(out, dtype=torch.float16)
 
 
-def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None):
-    """`encode`, calling `progress(n)` whenever `n` more weights are done."""
-    return encoder.quantize_weight(weight, bits, codebook, seed, effort, search_on(weight.device), progress)
+def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None, moments=None):
+    """`encode`, calling `progress(n)` whenever `n` more weights are done; with the `Moments` of inputs as feedback.py has it."""
+    search = search_on(weight.device)
+    if moments is None:
+        return encoder.quantize_weight(weight, bits, codebook, seed, effort, search, progress)
+    return feedback.quantize_weight(weight, moments, bits, codebook, seed, effort, search, progress)
 
 
 @torch.library.custom_op("exl3::encode_embedding", mutates_args=())

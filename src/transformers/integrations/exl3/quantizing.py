@@ -14,6 +14,7 @@
 """Quantizing on the fly: the operation on load, what is left to do when all tensors are in place, and the way back."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -60,7 +61,8 @@ class Exl3Quantize(ConversionOps):
         waiting = [(head, "weight") for head in quantizer.heads_tied_to(name)] + waiting
         for path, parameter in waiting:
             module = model.get_submodule(path)
-            if not isinstance(module, Exl3Module):  # a head that is not quantized, and no longer tied to what is
+            # A head that is not quantized, and no longer tied to what is; or what is quantized when its inputs arrive.
+            if not isinstance(module, Exl3Module) or quantizer.waits_for_data(module, parameter):
                 result[f"{path}.{parameter}"] = value
                 missing_keys.discard(f"{path}.{parameter}")
                 continue
@@ -90,7 +92,14 @@ def _gathered(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size)
     return whole(parts)
 
 
-def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress: Progress):
+def quantize_parameter(
+    path: str,
+    module: Exl3Module,
+    parameter: str,
+    value: torch.Tensor,
+    progress: Progress,
+    moments_of: Callable = lambda layer: None,
+) -> dict[str, torch.Tensor]:
     """
     Quantize one parameter that a module waits for.
 
@@ -100,6 +109,8 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
         parameter (`str`): Name of the parameter in the plain module.
         value (`torch.Tensor`): The parameter, floating.
         progress (`Progress`): Of the model; tells the effort, too.
+        moments_of (`Callable`, *optional*): Takes the names that `module.plain_views` has for layers to the `Moments` of their
+            inputs, or to None where there is no data.
 
     Returns:
         `dict[str, torch.Tensor]`: By name in the model, the tensors that the parameter became.
@@ -114,7 +125,7 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
     is_stacked = isinstance(module, Exl3Experts)
     tensors = kept.find(name) if is_stacked else None
     if tensors is None:
-        made, layers = _encoded(path, module, parameter, value, progress)
+        made, layers = _encoded(path, module, parameter, value, progress, moments_of)
         if is_stacked:
             stacks = {tensor: torch.stack(encoded) for tensor, encoded in made.items()}
             del made
@@ -128,7 +139,7 @@ def quantize_parameter(path: str, module: Exl3Module, parameter: str, value: tor
     return {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
 
 
-def _encoded(path: str, module: Exl3Module, parameter: str, value: torch.Tensor, progress: Progress):
+def _encoded(path, module, parameter, value, progress, moments_of):
     """
     What a parameter becomes, as `quantize_parameter` takes it: by name in the module, the tensors of its layers, in order; and the
     names under which the layers were kept.
@@ -147,7 +158,8 @@ def _encoded(path: str, module: Exl3Module, parameter: str, value: torch.Tensor,
             view = view.to(device=kept.device)
             try:
                 with progress.shown(view.device) as update:
-                    tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update)
+                    data = () if isinstance(linear, Exl3Embedding) else (moments_of(layer),)
+                    tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update, *data)
             except ValueError as error:
                 raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
             tensors = kept.keep(name, tensors)
@@ -169,7 +181,27 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
     return stored
 
 
-def finish_modules(model: nn.Module, progress: Progress | None = None):
+def quantize_in_place(
+    model: nn.Module,
+    path: str,
+    progress: Progress,
+    moments_of: Callable = lambda layer: None,
+    names: list[str] | None = None,
+):
+    """
+    Quantize the parameters that the module at `path` has and waits for, or those of them that `names` has. Other arguments are
+    as of `quantize_parameter`.
+    """
+    module = model.get_submodule(path)
+    for name, value in _late_parameters(model, path, module).items():
+        if names is not None and name not in names:
+            continue
+        for tensor, result in quantize_parameter(path, module, name, value, progress, moments_of).items():
+            owner, _, leaf = tensor.rpartition(".")
+            _set(model.get_submodule(owner), leaf, result)
+
+
+def finish_modules(model: nn.Module, progress: Progress | None = None, calibrate: Callable | None = None):
     """
     What is left to do when all tensors are in place: quantize the parameters that did not come by themselves (one converter
     of upstream's may yield several), leave plain the modules whose weights did not come at all, freeze, align, and put tiles in
@@ -178,15 +210,20 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
     Args:
         model (`PreTrainedModel`): The model, changed in place.
         progress (`Progress`, *optional*): Of a model that is quantized.
+        calibrate (`Callable`, *optional*): Takes the paths of modules that wait, when all others are as they are to be, to
+            quantize with data what it can.
     """
     for entry in getattr(model, "_weight_conversions", None) or ():
         if isinstance(entry, Exl3Stacks):
             entry.members.clear()  # with the modules: saving goes by the names
         elif isinstance(entry, Exl3StackNames):
             entry.names = {}
+    waiting, parts = [], set()
     for path, module in list(model.named_modules()):
         if isinstance(module, Exl3TiedHead):
             module.decode(model.get_input_embeddings())
+        if module in parts:
+            continue
         if getattr(module, "pending", None):
             if any(is_dtensor(getattr(module, name)) for name in module.pending):
                 raise ValueError(
@@ -194,27 +231,40 @@ def finish_modules(model: nn.Module, progress: Progress | None = None):
                     "the model in one process, save it, and load that."
                 )
             if _is_new(module):
-                _put(model, path, _initialized(model, path, module))
+                put(model, path, _initialized(model, path, module))
                 continue
-            for name, value in _late_parameters(model, path, module).items():
-                for tensor, result in quantize_parameter(path, module, name, value, progress).items():
-                    owner, _, leaf = tensor.rpartition(".")
-                    _set(model.get_submodule(owner), leaf, result)
-        if isinstance(module, Exl3Embedding):
-            module.to_plain_dtype()
-        if isinstance(module, Exl3Module):
-            module.requires_grad_(False)
-        if isinstance(module, Exl3StackedLinear):
-            module.place_numbers()
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter.device.type != "cpu" or hasattr(parameter, "device_mesh"):
+            if calibrate is not None and not isinstance(module, Exl3Embedding):
+                waiting.append(path)
+                parts.update(module.modules())
                 continue
-            is_run = not finished.layers().are_files
-            if isinstance(module, (Exl3Linear, Exl3StackedLinear)) and name == "trellis" and is_run:
-                parameter.data = ops.ordered(parameter.data)
-            # Files written without padding of their header leave tensors at addresses that no vector code expects.
-            if parameter.data_ptr() % parameter.element_size():
-                parameter.data = parameter.data.clone()
+            quantize_in_place(model, path, progress)
+        settle(module)
+    if waiting:
+        calibrate(waiting)
+    for path in waiting:
+        if model.get_submodule(path).pending:
+            quantize_in_place(model, path, progress)
+        for module in model.get_submodule(path).modules():
+            settle(module)
+
+
+def settle(module: nn.Module):
+    """Freeze, align, and put in order what `module` itself holds, once it is there."""
+    if isinstance(module, Exl3Embedding):
+        module.to_plain_dtype()
+    if isinstance(module, Exl3Module):
+        module.requires_grad_(False)
+    if isinstance(module, Exl3StackedLinear):
+        module.place_numbers()
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.device.type != "cpu" or hasattr(parameter, "device_mesh"):
+            continue
+        is_run = not finished.layers().are_files
+        if isinstance(module, (Exl3Linear, Exl3StackedLinear)) and name == "trellis" and is_run:
+            parameter.data = ops.ordered(parameter.data)
+        # Files written without padding of their header leave tensors at addresses that no vector code expects.
+        if parameter.data_ptr() % parameter.element_size():
+            parameter.data = parameter.data.clone()
 
 
 def _set(module: nn.Module, name: str, value: torch.Tensor):
@@ -264,7 +314,7 @@ def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[st
     return values
 
 
-def _put(model: nn.Module, path: str, plain: nn.Module):
+def put(model: nn.Module, path: str, plain: nn.Module):
     """Put `plain` in the place of the module at `path`, with what moves its inputs."""
     module = model.get_submodule(path)
     if hasattr(module, "_hf_hook"):
@@ -296,4 +346,4 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Exl3Stored)]
     for path, module in outermost.items():
-        _put(model, path, module.dequantize(dtype))
+        put(model, path, module.dequantize(dtype))
