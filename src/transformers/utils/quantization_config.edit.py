@@ -202,7 +202,8 @@ class Exl3Config(QuantizationConfigMixin):
         return result
 
     def get_loading_attributes(self):
-        return {"dequantize": self.dequantize, "dataset": self.dataset}
+        # Data for a checkpoint that is quantized is an error, which has to be seen.
+        return {"dequantize": self.dequantize} | ({} if self.dataset is None else {"dataset": self.dataset})
 
     def to_dict(self) -> dict[str, Any]:
         written = ("bits", "head_bits", "embedding_bits", "codebook", "modules_to_not_convert", "overrides")

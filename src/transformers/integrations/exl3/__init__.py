@@ -21,6 +21,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | format, stored                                 | the format as an executable specification; safetensors files           |
 | hadamard, search                               | the rotation, and the search of the trellis as its definition          |
 | encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
+| feedback                                       | a matrix to EXL3 with data                                             |
 | ops                                            | the operators of torch.library, and the choice of what computes them   |
 | weight                                         | the weight of a layer as others see it                                 |
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |
@@ -30,8 +31,9 @@ The files from the ground up. A file imports from the lines above its own, never
 | naming, restoring, plain_layers                | names in files; what these lack; which layers are not quantized        |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
-| finished                                       | where layers go when they are quantized: nowhere, or to files          |
+| finished, text                                 | where quantized layers go, memory or files; the tokens that data are   |
 | quantizing                                     | a float model's tensors on their way                                   |
+| calibration                                    | a float model with data: quantized while it reads                      |
 | conversion                                     | what a conversion has of its own while it is not finished              |
 | convert                                        | a float checkpoint to an EXL3 checkpoint, in files all along           |
 
