@@ -186,6 +186,26 @@ class Exl3ModulesTest(unittest.TestCase):
         self.assertLess(error(module(x[3:4], only[3:4], weights[3:4, :1]), alone[3:4]), 1e-5)
         self.assertEqual(module(x[:0], index[:0], weights[:0]).shape, (0, hidden))
 
+    def test_whatever_watches_sees_the_operator_of_experts(self):
+        projection = Exl3Projection(128, 128, [random_linear(128, 128, seed=seed)[0] for seed in range(3)])
+        x, ranges = torch.randn(4, 128), torch.tensor([[0, 1], [1, 1], [1, 4]])
+        seen = []
+
+        class Watching(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func.name())
+                return func(*args, **(kwargs or {}))
+
+        alone = projection(x, ranges)
+        with Watching():
+            watched = projection(x, ranges)
+        self.assertEqual(seen.count("exl3::grouped_linear"), 1)
+        torch.testing.assert_close(watched, alone, rtol=0, atol=0)
+        differentiated = projection(x.requires_grad_(), ranges)
+        torch.testing.assert_close(differentiated, alone, rtol=0, atol=0)
+        differentiated.sum().backward()
+        self.assertTrue(x.grad.abs().sum(1).all())
+
     def test_the_number_of_modules_and_tensors_is_that_of_kinds_and_not_of_experts(self):
         layer, other = (random_linear(128, 128, bits=bits)[0] for bits in (2, 3))
         for count in (4, 64):

@@ -65,7 +65,9 @@ class Exl3StackedLinear(Exl3Module):
         if len(self.members) < len(ranges):
             is_here = self._numbers.device == ranges.device  # and not where the weights are offloaded to
             ranges = ranges[self._numbers if is_here else torch.tensor(self.members, device=ranges.device)]
-        return ops.grouped_linear(x, ranges, self.codes, *self.scales, self.bias, self.codebook, self.out_features)
+        return ops.grouped_linear_directly(
+            x, ranges, self.codes, *self.scales, self.bias, self.codebook, self.out_features
+        )
 
     def place_numbers(self):
         """Have the numbers of the members on this module's device: a CUDA graph cannot copy them there."""
@@ -281,8 +283,8 @@ class Exl3Experts(Exl3Module):
         else:
             ranges = bounds.unfold(0, 2, 1)
             output = self._expert(lambda role, rows: getattr(self, f"stacked_{role}")(rows, ranges), x)
-        weighted = output.new_empty(output.shape, dtype=torch.float32)
-        weighted[order] = output.float() * top_k_weights.flatten()[order, None].float()
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        weighted = output.index_select(0, places).float() * top_k_weights.reshape(-1, 1).float()
         return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
     def _has_adapters(self) -> bool:

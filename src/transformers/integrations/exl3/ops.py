@@ -350,6 +350,22 @@ def grouped_linear(
     Raises:
         `ValueError`: Where the tensors do not fit each other.
     """
+    return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
+
+
+def grouped_linear_directly(x, ranges, trellis, suh, svh, bias, codebook, out_features) -> torch.Tensor:
+    """`grouped_linear`, without the dispatcher where on the CPU the result is all that is asked for."""
+    tensors = [tensor for tensor in (x, ranges, trellis, suh, svh, bias) if tensor is not None]
+    if (
+        _is_watched()
+        or not all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    ):
+        return grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
+    return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
+
+
+def _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features):
     _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
     suh, svh, bias = map(_as_rows, (suh, svh, bias))
     if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
