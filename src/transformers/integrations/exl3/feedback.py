@@ -93,7 +93,9 @@ def quantize_weight(
     _check(moments, weight.shape[1])
     for shrinkage in SHRINKAGES:
         hessian = _damped(moments.hessian.to(weight.device), shrinkage)
-        target = weight if moments.cross is None else _drifted(weight, hessian, moments)
+        target = _drifted(weight, hessian, moments)
+        if target is None:
+            continue
         suh, svh = (s.double() for s in encoder.scales(target, rms, seed, _scale_of(hessian)))
         factor = _factor(hessian, suh)
         if factor is not None:
@@ -144,20 +146,28 @@ def _check(moments: Moments, in_features: int):
 def _damped(hessian: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """float64: shrunk to its diagonal and damped; the unit matrix where all inputs are 0."""
     hessian = hessian.double()
-    hessian = (hessian + hessian.T) / 2
     diagonal = hessian.diagonal().clamp_min(0)
     mean = diagonal.mean()
     if mean == 0:
         return torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device)
-    hessian *= 1 - shrinkage
+    hessian = hessian * (1 - shrinkage)
     hessian.diagonal().copy_(diagonal + DAMPING * mean)
     return hessian
 
 
-def _drifted(weight: torch.Tensor, hessian: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """The weight whose outputs for the inputs that there are come nearest to the float model's, by the part `DRIFT` of the way."""
-    drift = (moments.cross - moments.hessian).double().to(weight.device) @ weight.detach().double().T
-    return weight.detach().double() + DRIFT * torch.linalg.solve(hessian, drift).T
+def _drifted(weight: torch.Tensor, hessian: torch.Tensor, moments: Moments) -> torch.Tensor | None:
+    """
+    The weight whose outputs for the inputs that there are come nearest to the float model's, by the part `DRIFT` of the way; None
+    where the damped `hessian` is not positive definite.
+    """
+    if moments.cross is None:
+        return weight
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        return None
+    weight = weight.detach().double()
+    drift = (moments.cross - moments.hessian).double().to(weight.device) @ weight.T
+    return weight + DRIFT * torch.cholesky_solve(drift, lower).T
 
 
 def _scale_of(hessian: torch.Tensor) -> Callable:
@@ -174,21 +184,24 @@ def _scale_of(hessian: torch.Tensor) -> Callable:
 def _factor(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor | None:
     """fp32 `L` `[in, in]` of the damped `hessian` with `suh` in it, `in` with padding; None where that is not positive definite."""
     padding = suh.shape[0] - hessian.shape[0]
-    folded = torch.nn.functional.pad(hessian, (0, padding, 0, padding)) * suh * suh[:, None]
+    folded = torch.nn.functional.pad(hessian, (0, padding, 0, padding)).mul_(suh).mul_(suh[:, None])
     diagonal = folded.diagonal()
     mean = diagonal.mean()
     if mean == 0:
         return torch.eye(suh.shape[0], device=suh.device)
     # Inputs without a scale: any positive number keeps the matrix invertible, and there is nothing of theirs to err.
     diagonal.copy_(torch.where(suh == 0, mean, diagonal + FOLDED_DAMPING * mean))
-    rotated = hadamard(hadamard(folded).T.contiguous())
-    lower, failed = torch.linalg.cholesky_ex(rotated)
+    # Strip by strip in place: of wide layers, such a matrix is the largest thing that there is.
+    for matrix in (folded, folded.T):
+        for rows in matrix.split(format.BLOCK):
+            rows.copy_(hadamard(rows))
+    lower, failed = torch.linalg.cholesky_ex(folded)
     if failed:
         return None
-    blocks = lower.unflatten(0, (-1, format.TILE)).unflatten(2, (-1, format.TILE))
-    inverses = torch.linalg.inv(blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-    # Each column of blocks times the inverse of its block on the diagonal.
-    return (lower.unflatten(1, (-1, format.TILE)).transpose(0, 1) @ inverses).transpose(0, 1).flatten(1).float()
+    for first in range(0, lower.shape[0], format.TILE):
+        block = slice(first, first + format.TILE)
+        lower[first:, block] = lower[first:, block] @ torch.linalg.inv(lower[block, block])
+    return lower.float()
 
 
 def _search_with_feedback(

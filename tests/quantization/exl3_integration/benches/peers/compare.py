@@ -85,6 +85,17 @@ def _exl3(bits):
     return Exl3Config(bits=bits)
 
 
+def _exl3_with_data(bits, is_own):
+    """Of text before that which is measured on, or that the model writes itself."""
+
+    def load(auto, folder):
+        dataset = "self" if is_own else [window[0].tolist() for window in models.calibration(folder)]
+        config = Exl3Config(bits=bits, dataset=dataset)
+        return auto.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+
+    return load
+
+
 def _bitsandbytes(**options):
     from transformers import BitsAndBytesConfig
 
@@ -140,6 +151,8 @@ def calibrated(method, bits):
 METHODS: dict[str, Callable] = {
     "bf16": plain,
     **{f"EXL3 {bits:g}": configured(functools.partial(_exl3, bits)) for bits in (2, 2.5, 3, 3.5, 4, 5, 6)},
+    **{f"EXL3 {bits}, own text": _exl3_with_data(bits, True) for bits in (2, 3, 4)},
+    **{f"EXL3 {bits}, data": _exl3_with_data(bits, False) for bits in (2, 3, 4)},
     "bitsandbytes nf4": configured(lambda: _bitsandbytes(load_in_4bit=True)),
     "bitsandbytes nf4, double": configured(lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True)),
     "bitsandbytes int8": configured(lambda: _bitsandbytes(load_in_8bit=True)),
@@ -151,6 +164,7 @@ METHODS: dict[str, Callable] = {
     "AWQ 4": calibrated("AWQ", 4),
 }
 SPEEDS_LIKE_OTHERS = (
+    *(f"EXL3 {bits}, {data}" for bits in (2, 3, 4) for data in ("own text", "data")),
     *("EXL3 2.5", "EXL3 3.5", "EXL3 5", "HQQ 2", "HQQ 3", "bitsandbytes nf4, double"),
     *("GGUF IQ3_S", "GGUF Q5_K", "GGUF Q6_K", "GPTQ 2", "GPTQ 3", "GPTQ 4", "AWQ 4"),
 )
@@ -383,6 +397,8 @@ def keep(row: dict, file: Path):
 def skipped(name: str, method: str) -> bool:
     """What a method cannot do, or what is no news: `llama` is for speeds, and that of GPTQ and AWQ is PyTorch's int4."""
     family = method.split()[0]
+    if name == "minilm" and method.endswith("own text"):
+        return True  # it writes none
     if name == "llama":
         return method in SPEEDS_LIKE_OTHERS
     if name == "bible":
