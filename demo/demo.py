@@ -31,13 +31,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a folder, a .gguf file or a repo of the Hub (default: Gemma 3 270M)")
     parser.add_argument("--bits", type=float, default=4, help="bits per weight, 1 to 8, fractions too (default: 4)")
+    parser.add_argument(
+        "--own-text",
+        action="store_true",
+        help="quantize with text that the model writes first: better below 4 bits, slower",
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the text to measure on (default: 4096)")
     parser.add_argument("--out", type=Path, help="where to keep the quantized checkpoint (default: nowhere)")
     args = parser.parse_args()
     if args.tokens < 2:
         parser.error("--tokens: at least 2 are needed")
     try:
-        config = Exl3Config(bits=args.bits)
+        config = Exl3Config(bits=args.bits, dataset="self" if args.own_text else None)
     except ValueError as error:
         parser.error(str(error))
     logging.set_verbosity_error()
