@@ -22,8 +22,10 @@ from parameterized import parameterized
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import calibration, encoder, feedback, ops, text
 from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module
+from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
@@ -288,6 +290,14 @@ class Exl3CalibrationTest(unittest.TestCase):
                 auto_class.from_pretrained(
                     folder, quantization_config=config, device_map={"": "disk"}, offload_folder=saved
                 )
+
+    @parameterized.expand([("tp", {"tp_size": 2}), ("fsdp", {"fsdp_size": 2})])
+    def test_several_processes_are_refused(self, _, sizes):
+        model, _ = tiny_model("llama")
+        model.config.distributed_config = DistributedConfig(**sizes)
+        quantizer = Exl3HfQuantizer(Exl3Config(dataset=some_rows()), pre_quantized=False)
+        with self.assertRaisesRegex(ValueError, "quantized with a `dataset` in one process"):
+            quantizer.update_parallel_plan(model, model.tp_plan)
 
 
 def word_tokenizer(before=None, after=None):
