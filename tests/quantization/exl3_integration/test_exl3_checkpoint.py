@@ -460,7 +460,7 @@ class Exl3BadCheckpointTest(Exl3CheckpointTestCase):
         check_architecture(CONFIG_MAPPING["llama"]())
 
     def test_tables_of_n_grams(self):
-        config = CONFIG_MAPPING["qwen4_exp"](text_config={"ple_layer_ids": [1]})
+        config = CONFIG_MAPPING["qwen4_exp"](text_config={"ple_layer_ids": [1], "eos_token_id": 2})
         self.assertRaisesRegex(ValueError, "table of hashed n-grams are not supported", check_architecture, config)
         check_architecture(CONFIG_MAPPING["qwen4_exp"]())
 
