@@ -15,7 +15,9 @@
 Peak memory of quantizing a whole model on the fly, against the quantized model and its largest tensor, and of loading and
 running what was saved, against the bytes of the checkpoint (Linux).
 
-    python tests/quantization/exl3_integration/benches/bench_memory.py [--hidden 1024] [--layers 8]
+    python tests/quantization/exl3_integration/benches/bench_memory.py [--hidden 1024] [--layers 8] [--convert]
+
+With `--convert`, the peak memory of the command that converts such a model, against its largest tensor.
 
 The model is a Llama in bfloat16 with random weights, saved in shards. Anonymous memory is sampled every two milliseconds: the
 pages of the mapped source files are not the process's own. The search is a stand-in, since memory does not depend on it. glibc is
@@ -23,6 +25,7 @@ told to return what is freed, of which it otherwise keeps up to 64 MiB.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import re
@@ -40,6 +43,7 @@ if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
 import torch
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, logging
+from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.kernels import cpu
 
 
@@ -81,11 +85,16 @@ def save_float_model(hidden: int, layers: int, folder: str):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
 
 
+def in_a_process(function, *arguments):
+    """Call `function` in a process of its own, whose memory is no longer there afterwards."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+
+
 def load(hidden: int, layers: int, folder: str):
-    """Quantize a float model while it is loaded; a process of its own makes it, whose memory is no longer there."""
-    maker = multiprocessing.get_context("spawn").Process(target=save_float_model, args=(hidden, layers, folder))
-    maker.start()
-    maker.join()
+    """Quantize a float model while it is loaded."""
+    in_a_process(save_float_model, hidden, layers, folder)
     before = anonymous()
     model, peak = peak_while(
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -93,6 +102,25 @@ def load(hidden: int, layers: int, folder: str):
         )
     )
     return model, peak - before + mapped(model)
+
+
+def convert_model(hidden: int, layers: int, folder: str):
+    """Convert a float model by the command."""
+    source, output = os.path.join(folder, "float"), os.path.join(folder, "converted")
+    in_a_process(save_float_model, hidden, layers, source)
+    before = anonymous()
+    _, peak = peak_while(lambda: convert(source, output, Exl3Config(bits=4, head_bits=6)))
+    made, written = checkpoint_bytes(source), checkpoint_bytes(output)
+    largest = 2 * 16 * hidden * hidden
+    print(
+        f"float model {made / 2**20:.0f} MiB, converted {written / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB"
+    )
+    print(f"peak {(peak - before) / 2**20:.0f} MiB = {(peak - before) / largest:.2f} * largest tensor")
+
+
+def checkpoint_bytes(folder: str) -> int:
+    names = [name for name in os.listdir(folder) if name.endswith(".safetensors")]
+    return sum(os.path.getsize(os.path.join(folder, name)) for name in names)
 
 
 @torch.inference_mode()
@@ -109,8 +137,7 @@ def run_checkpoint(folder: str, small: str):
     before = anonymous()
     model, peak = peak_while(lambda: load_and_run(folder))
     used = peak - before + mapped(model)
-    names = [name for name in os.listdir(folder) if name.endswith(".safetensors")]
-    checkpoint = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+    checkpoint = checkpoint_bytes(folder)
     print(f"checkpoint {checkpoint / 2**20:.0f} MiB, loaded and run on 1 and on 256 tokens")
     print(f"peak {used / 2**20:.0f} MiB = checkpoint + {(used - checkpoint) / 2**20:.0f} MiB")
 
@@ -130,6 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--convert", action="store_true")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -137,16 +165,17 @@ def main():
         mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF),
         tempfile.TemporaryDirectory() as folder,
     ):
+        if arguments.convert:
+            with contextlib.redirect_stdout(None):
+                convert_model(256, 1, folder + "/small")  # what is allocated once
+            convert_model(arguments.hidden, arguments.layers, folder)
+            return
         model, _ = load(256, 1, folder + "/float-small")  # what is allocated once
         model.save_pretrained(folder + "/small")
         model, used = load(arguments.hidden, arguments.layers, folder + "/float")
         report(model, used)
         model.save_pretrained(folder + "/model", max_shard_size="100MB")
-        runner = multiprocessing.get_context("spawn").Process(
-            target=run_checkpoint, args=(folder + "/model", folder + "/small")
-        )
-        runner.start()
-        runner.join()
+        in_a_process(run_checkpoint, folder + "/model", folder + "/small")
 
 
 def report(model, used: int):
