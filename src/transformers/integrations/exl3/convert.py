@@ -107,7 +107,7 @@ def convert(
     """
     begin, source, output = time.monotonic(), os.fspath(source), Path(output)
     device = _checked(torch.device(device)) if device is not None else None
-    folder = _found(source, revision)
+    folder = find_source(source, revision)
     weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
     before = _size(weights)
     settings = {"effort": config.effort, **config.to_dict(), **versions(), **fingerprints([*others, *weights])}
@@ -118,7 +118,7 @@ def convert(
         _model_class(folder)  # no folder is made for what cannot be converted
     with conversion.running(resume):
         if not folder.is_dir():
-            folder = _unpacked(folder, conversion.folder / "float")
+            folder = unpack_gguf(folder, conversion.folder / "float")
         model_class = _model_class(folder)
         beside = conversion.folder / "beside"
         _copy_beside(folder, beside)
@@ -147,8 +147,8 @@ def _checked(device: torch.device) -> torch.device:
     return device
 
 
-def _found(source: str, revision: str | None) -> Path:
-    """The folder, or GGUF file, that `source` means; a repo is downloaded."""
+def find_source(source: str, revision: str | None = None) -> Path:
+    """The folder, or GGUF file, that `source` means; a repo is downloaded. Raises `ValueError` where it means nothing."""
     path = Path(source)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         if revision is not None:
@@ -200,7 +200,7 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
     return found
 
 
-def _unpacked(file: Path, folder: Path) -> Path:
+def unpack_gguf(file: Path, folder: Path) -> Path:
     """The GGUF `file` as a plain checkpoint in `folder`, which is there whole or not at all."""
     from ...models.auto import AutoModelForCausalLM, AutoTokenizer
     from ...utils.quantization_config import GgufConfig
@@ -314,9 +314,12 @@ def _table(model: PreTrainedModel) -> str:
     for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
         if id(tensor) not in quantized:
             _add(plain[str(tensor.dtype).removeprefix("torch.")], 1, tensor.numel(), tensor.nbytes)
-    lines = [(kind, f"{bits:g}", row) for (kind, bits), row in rows.items()]
+    kinds = list(dict.fromkeys(kind for kind, _ in rows))  # in the order of the model
+    rates = sorted(rows, key=lambda row: (kinds.index(row[0]), row[1]))
+    lines = [(kind, f"{bits:g}", rows[kind, bits]) for kind, bits in rates]
     lines += [("all quantized layers", "", [sum(column) for column in zip(*rows.values())])]
     lines += [(f"not quantized, {dtype}", "", row) for dtype, row in plain.items()]
+    lines += [("all", "", [sum(column) for column in zip(*rows.values(), *plain.values())])]
     width = max(len(kind) for kind, _, _ in lines)
     text = [f"{'layers':{width}} {'number':>7} {'bits':>5} {'weights':>16} {'MB':>10} {'bits per weight':>16}"]
     for kind, bits, (number, weights, size) in lines:
