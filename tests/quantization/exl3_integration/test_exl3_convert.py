@@ -204,6 +204,27 @@ class Exl3ConvertTest(unittest.TestCase):
     def test_a_kill_at_any_moment_loses_at_most_a_layer_and_the_result_is_the_same(self):
         in_a_process(self, (kill_at_moments, self.folder, 1))
 
+    @parameterized.expand([("self", "self"), ("ids", [[*range(3, 67)]]), ("mixture", [[*range(3, 67)]])])
+    def test_with_data_the_result_is_the_same_after_a_stop(self, name, dataset):
+        model, auto_class = tiny_model("qwen3_moe" if name == "mixture" else "llama_tied")
+        model.save_pretrained(self.source)
+        arguments = {"bits": 1, "effort": "fast", "dataset": dataset, "calibration_rows": 2, "calibration_length": 32}
+        expected = os.path.join(self.folder, "expected")
+        with counted() as done:
+            model = auto_class.from_pretrained(self.source, dtype="auto", quantization_config=Exl3Config(**arguments))
+        model.save_pretrained(expected)
+        for stops in (3, 2):
+            with stopping_after(stops):
+                self.assertRaises(KeyboardInterrupt, convert, self.source, self.output, Exl3Config(**arguments), True)
+        other = Exl3Config(**{**arguments, "dataset": [[1, 2, 3]]})
+        self.assertRaisesRegex(ValueError, "dataset was .* and is now", convert, self.source, self.output, other, True)
+        with counted() as rest:
+            convert(self.source, self.output, Exl3Config(**arguments), resume=True)
+        self.assertEqual(len(rest), len(done) - 5)
+        found = digests(self.output)
+        self.assertIsNotNone(found.pop("README.md"))
+        self.assertEqual(found, digests(expected))
+
     def test_only_what_is_missing_is_quantized(self):
         self.unfinished(layers=3)
         with counted() as done:
@@ -234,6 +255,7 @@ class Exl3ConvertTest(unittest.TestCase):
             (self.source, small_config(bits=2.5), True, "bits was 1 and is now 2.5"),
             (self.source, small_config(effort="default"), True, 'effort was "fast" and is now "default"'),
             (self.source, small_config(head_bits=6), True, "head_bits was not set and is now 6"),
+            (self.source, small_config(dataset="self"), True, 'dataset was not set and is now "self"'),
             (other, small_config(), True, r'model.safetensors was "\d+ bytes \w+" and is now "\d+ bytes \w+"'),
         ):
             with self.assertRaisesRegex((ValueError, FileExistsError), message):
@@ -427,8 +449,19 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertEqual(call.call_args.kwargs, options)
         with patch.object(command, "convert", return_value="") as call:
             self.run_command("-i", "in", "-o", "out")
-        self.assertEqual(call.call_args.args, ("in", "out", Exl3Config(), False))
-        self.assertIs(type(call.call_args.args[2].to_dict()["bits"]), int)
+            self.assertEqual(call.call_args.args, ("in", "out", Exl3Config(), False))
+            self.assertIs(type(call.call_args.args[2].to_dict()["bits"]), int)
+            texts = [os.path.join(self.folder, name) for name in ("a.txt", "b.txt")]
+            for file in texts:
+                Path(file).write_text(f"The text ق of {file}", encoding="utf-8")
+            words = ["--data", texts[0], "--data", texts[1], "--calibration-rows", "3", "--calibration-length", "9"]
+            self.run_command("-i", "in", "-o", "out", *words)
+            config = Exl3Config(
+                dataset=[f"The text ق of {file}" for file in texts], calibration_rows=3, calibration_length=9
+            )
+            self.assertEqual(call.call_args.args[2], config)
+            self.run_command("-i", "in", "-o", "out", "--self")
+            self.assertEqual(call.call_args.args[2], Exl3Config(dataset="self"))
 
     @parameterized.expand(
         [
@@ -437,6 +470,8 @@ class Exl3ConvertTest(unittest.TestCase):
             ("head", "-hb 3.3", "`head_bits` of Exl3Config has to be one of"),
             ("override", "--override 4", "'4' is not like '\\*.down_proj=4'"),
             ("effort", "--effort most", "`effort` of Exl3Config has to be `default` or `fast`, got 'most'"),
+            ("both", "--self --data x", "--data: not allowed with argument --self"),
+            ("no_text", "--data nowhere.txt", "No such file or directory: 'nowhere.txt'"),
             ("unknown", "--bpw 3", "unrecognized arguments: --bpw 3"),
         ]
     )

@@ -16,6 +16,7 @@
 import argparse
 import sys
 import traceback
+from pathlib import Path
 
 from ...utils import logging
 from ...utils.quantization_config import Exl3Config
@@ -66,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     add("--skip", action="append", metavar="NAME", help="modules to leave as they are; repeatable")
     add("--codebook", default="mul1", help="mul1, mcg or 3inst (default: mul1)")
     add("--effort", default="default", help="default, or fast, in about half the time with more error")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--self", action="store_true", help="quantize with text that the model writes itself")
+    data.add_argument("--data", action="append", metavar="FILE", help="quantize with the text in a file; repeatable")
+    add("--calibration-rows", type=int, default=16, help="windows of text to read (default: 16)")
+    add("--calibration-length", type=int, default=512, help="tokens of a window (default: 512)")
     add("-r", "--resume", action="store_true", help="go on with an unfinished conversion, if OUT has one")
     add("--device", help="where to quantize, such as cuda (default: the CPU)")
     add("--shard-size", default="50GB", help="the largest size of a file of weights (default: 50GB)")
@@ -90,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(arguments)
     try:
+        texts = [Path(file).read_text(encoding="utf-8") for file in args.data or ()]
         config = Exl3Config(
             bits=args.bits,
             head_bits=args.head_bits,
@@ -97,9 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
             codebook=args.codebook,
             modules_to_not_convert=args.skip,
             overrides=dict(args.override) if args.override else None,
+            dataset="self" if args.self else texts or None,
+            calibration_rows=args.calibration_rows,
+            calibration_length=args.calibration_length,
             effort=args.effort,
         )
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         command.error(str(error))
     if args.verbose:
         logging.set_verbosity_info()

@@ -19,6 +19,7 @@ are done, which memory does not hold and a kill does not take, and that what bel
 """
 
 import gc
+import hashlib
 import json
 import os
 import re
@@ -110,7 +111,7 @@ def convert(
     folder = find_source(source, revision)
     weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
     before = _size(weights)
-    settings = {"effort": config.effort, **config.to_dict(), **versions(), **fingerprints([*others, *weights])}
+    settings = {**_settings(config), **versions(), **fingerprints([*others, *weights])}
     if base_model is None and not Path(source).exists():
         base_model = source
     conversion = Conversion(output, settings)
@@ -136,6 +137,16 @@ def convert(
 
 def _size(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files)
+
+
+def _settings(config: Exl3Config) -> dict:
+    """What `config` says, as a file can hold it: of data a digest."""
+    settings = {name: getattr(config, name) for name in Exl3Config._arguments()}
+    if isinstance(config.dataset, (list, tuple)):
+        settings["dataset"] = hashlib.sha256(json.dumps(config.dataset).encode()).hexdigest()[:16]
+    if config.tokenizer is not None:
+        settings["tokenizer"] = getattr(config.tokenizer, "name_or_path", config.tokenizer)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _checked(device: torch.device) -> torch.device:
@@ -276,10 +287,12 @@ def _model_card(source: Path, name: str, model_class, config: Exl3Config, base_m
     ]
     rates += [f"`{pattern}` | {bits:g}" for pattern, bits in (config.overrides or {}).items()]
     rows = "\n".join(f"| {row} |" for row in rates)
+    data = "without data" if config.dataset is None else f"with {len(config.dataset)} rows of data"
+    data = "with text that the model wrote itself" if config.dataset == "self" else data
     of = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     own = f"""# {name}
 
-This is an EXL3 quantization{of}, made with Transformers {versions()["transformers"]} and codebook `{config.codebook}`.
+This is an EXL3 quantization{of}, made with Transformers {versions()["transformers"]} and codebook `{config.codebook}`, {data}.
 
 | layers | bits |
 |---|---|
