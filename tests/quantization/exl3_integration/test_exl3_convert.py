@@ -460,8 +460,8 @@ class Exl3ConvertTest(unittest.TestCase):
                 dataset=[f"The text ق of {file}" for file in texts], calibration_rows=3, calibration_length=9
             )
             self.assertEqual(call.call_args.args[2], config)
-            self.run_command("-i", "in", "-o", "out", "--self")
-            self.assertEqual(call.call_args.args[2], Exl3Config(dataset="self"))
+            self.run_command("-i", "in", "-o", "out", "--self", "--calibration-seed", "7")
+            self.assertEqual(call.call_args.args[2], Exl3Config(dataset="self", calibration_seed=7))
 
     @parameterized.expand(
         [

@@ -68,10 +68,15 @@ def parser() -> argparse.ArgumentParser:
     add("--codebook", default="mul1", help="mul1, mcg or 3inst (default: mul1)")
     add("--effort", default="default", help="default, or fast, in about half the time with more error")
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--self", action="store_true", help="quantize with text that the model writes itself")
+    data.add_argument(
+        "--self",
+        action="store_true",
+        help="quantize with text that the model writes itself; like --data, this needs memory for the whole float model",
+    )
     data.add_argument("--data", action="append", metavar="FILE", help="quantize with the text in a file; repeatable")
     add("--calibration-rows", type=int, default=16, help="windows of text to read (default: 16)")
     add("--calibration-length", type=int, default=512, help="tokens of a window (default: 512)")
+    add("--calibration-seed", type=int, default=0, help="of the text that the model writes (default: 0)")
     add("-r", "--resume", action="store_true", help="go on with an unfinished conversion, if OUT has one")
     add("--device", help="where to quantize, such as cuda (default: the CPU)")
     add("--shard-size", default="50GB", help="the largest size of a file of weights (default: 50GB)")
@@ -107,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             dataset="self" if args.self else texts or None,
             calibration_rows=args.calibration_rows,
             calibration_length=args.calibration_length,
+            calibration_seed=args.calibration_seed,
             effort=args.effort,
         )
     except (OSError, TypeError, ValueError) as error:
