@@ -269,6 +269,12 @@ class Exl3ConvertTest(unittest.TestCase):
             )
         self.assertEqual(digests(self.output), before)
 
+    def test_a_device_is_not_for_quantizing_with_data(self):
+        small_model(self.source)
+        with self.assertRaisesRegex(ValueError, "leave 'meta' out"):
+            convert(self.source, self.output, small_config(dataset="self"), device="meta")
+        self.assertFalse(os.path.exists(self.output))
+
     def test_the_order_of_overrides_is_a_setting(self):
         rates = {"*.q_proj": 2, "*.self_attn.*": 1.5}
         self.unfinished(overrides=rates)

@@ -108,6 +108,11 @@ def convert(
     """
     begin, source, output = time.monotonic(), os.fspath(source), Path(output)
     device = _checked(torch.device(device)) if device is not None else None
+    if device is not None and device.type != "cpu" and config.dataset is not None:
+        raise ValueError(
+            f"with data the model reads text and is on one device, here on the CPU: leave {str(device)!r} out, or quantize by "
+            "`from_pretrained` with `device_map` and `save_pretrained`."
+        )
     folder = find_source(source, revision)
     weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
     before = _size(weights)
