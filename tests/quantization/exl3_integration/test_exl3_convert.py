@@ -237,7 +237,7 @@ class Exl3ConvertTest(unittest.TestCase):
         for layers, files in ((3, 3), (7, 1 + 6)):
             with stopping_after(layers):
                 self.assertRaises(KeyboardInterrupt, convert, self.source, self.output, Exl3Config(**config), True)
-            kept = [file.name for file in Path(self.output, conversion.UNFINISHED, "layers").iterdir()]
+            kept = [file.name for file in Path(self.output, conversion.UNFINISHED, "work", "layers").iterdir()]
             self.assertEqual(len(kept), files, kept)
         with counted() as done:
             convert(self.source, self.output, Exl3Config(**config), resume=True)
@@ -291,7 +291,7 @@ class Exl3ConvertTest(unittest.TestCase):
 
     def test_a_damaged_layer_is_named(self):
         self.unfinished()
-        file = next(Path(self.output, conversion.UNFINISHED, "layers").iterdir())
+        file = next(Path(self.output, conversion.UNFINISHED, "work", "layers").iterdir())
         os.truncate(file, os.path.getsize(file) - 1)
         with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
             convert(self.source, self.output, small_config(), resume=True)
@@ -309,6 +309,17 @@ class Exl3ConvertTest(unittest.TestCase):
         ):
             convert(self.source, self.output, Exl3Config(bits=4))
         self.assertEqual(done, [])
+        self.assertFalse(os.path.exists(self.output))
+
+    def test_a_mistake_that_is_noticed_before_a_layer_is_finished_leaves_nothing(self):
+        small_model(self.source)
+        with self.assertRaisesRegex(ValueError, "matches no layer"):
+            convert(self.source, self.output, small_config(overrides={"q_prj": 2}))
+        with stopping_after(0):
+            self.assertRaises(KeyboardInterrupt, convert, self.source, self.output, small_config(bits=2))
+        self.assertFalse(os.path.exists(self.output))
+        os.makedirs(os.path.join(self.output, conversion.UNFINISHED))  # of one that was killed then
+        convert(self.source, self.output, small_config())
 
     def test_the_room_on_the_disk_is_what_is_written(self):
         for name in ("llama_tied", "qwen3_moe", "phi3"):

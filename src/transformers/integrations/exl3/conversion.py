@@ -13,12 +13,12 @@
 # limitations under the License.
 """What a conversion has of its own while it is not finished: a folder in the output folder, which tells what it makes of what."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,14 +40,15 @@ class Conversion:
         settings (`dict[str, Any]`): All that tells what the result will be, by what errors may call it; of types that JSON has.
 
     Attributes:
-        folder (`Path`): For unfinished work.
+        folder (`Path`): For all that is the conversion's own.
+        work (`Path`): In it, for what takes long, with which a conversion goes on.
     """
 
     def __init__(self, output: Path, settings: dict):
-        self.output, self.folder = output, output / UNFINISHED
+        self.output, self.folder, self.work = output, output / UNFINISHED, output / UNFINISHED / "work"
         self.settings = json.loads(json.dumps(settings))
 
-    @contextmanager
+    @contextlib.contextmanager
     def running(self, resume: bool) -> Iterator[None]:
         """
         Begin the conversion or go on with it, and keep other processes from it. When the context ends without an error, nothing is
@@ -66,7 +67,7 @@ class Conversion:
             raise FileExistsError(
                 f"{self.output} is not empty, and has no unfinished conversion to go on with: convert to another folder, or remove it."
             )
-        if self.folder.exists() and not resume:
+        if self._has_work() and not resume:
             raise FileExistsError(
                 f"{self.output} has an unfinished conversion in it: go on with it by --resume, convert to another folder, or remove "
                 f"{self.folder} to begin anew."
@@ -81,14 +82,24 @@ class Conversion:
             self._check_settings()
             yield
             os.replace(self.folder, self.output / DONE)
+        except BaseException:
+            if not self._has_work():  # what is mended next may be the settings
+                shutil.rmtree(self.folder)
+                with contextlib.suppress(OSError):  # has something in it
+                    self.output.rmdir()
+            raise
         finally:
             lock.release()
         shutil.rmtree(self.output / DONE)
 
+    def _has_work(self) -> bool:
+        """Whether something is there that took long."""
+        return any(path.is_file() for path in self.work.rglob("*"))
+
     def _check_settings(self):
         """Have the settings written down, or be those that are."""
         file = self.folder / "settings.json"
-        if not file.exists():
+        if not file.exists() or not self._has_work():
             text = json.dumps(self.settings, indent=2)
             write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
             return

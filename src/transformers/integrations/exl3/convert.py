@@ -124,12 +124,12 @@ def convert(
         _model_class(folder)  # no folder is made for what cannot be converted
     with conversion.running(resume):
         if not folder.is_dir():
-            folder = unpack_gguf(folder, conversion.folder / "float")
+            folder = unpack_gguf(folder, conversion.work / "float")
         model_class = _model_class(folder)
         beside = conversion.folder / "beside"
         _copy_beside(folder, beside)
         _model_card(folder, output.resolve().name, model_class, config, base_model).save(beside / README)
-        with finished.kept_as(finished.LayerFiles(conversion.folder / "layers", device)):
+        with finished.kept_as(finished.LayerFiles(conversion.work / "layers", device)):
             model = model_class.from_pretrained(folder, dtype="auto", quantization_config=config)
         for file in sorted(beside.iterdir()):
             _move(file, output / file.name)
