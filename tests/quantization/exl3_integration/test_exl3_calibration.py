@@ -148,9 +148,11 @@ class Exl3CalibrationTest(unittest.TestCase):
         arguments = {"bits": 2, "effort": "fast", "dataset": some_rows(), **arguments}
         return auto_class.from_pretrained(folder, quantization_config=Exl3Config(**arguments)), model, auto_class
 
-    @parameterized.expand(sorted(MODELS.keys() - {"dinov2"}))
+    @parameterized.expand(
+        ["llama_tied", "gemma3_text", "gpt2", "bert", "t5", "mixtral", "phi3", "nemotron_h", "gemma3"]
+    )
     def test_models_are_quantized_saved_and_loaded(self, name):
-        arguments = {"head_bits": 4} if name in ("llama", "llama_tied", "gemma3_text") else {}
+        arguments = {"head_bits": 4} if name in ("llama_tied", "gemma3_text") else {}
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as saved:
             with mock.patch.object(calibration, "quantize_in_place", wraps=calibration.quantize_in_place) as quantize:
                 model, plain, auto_class = self.quantized(name, folder, **arguments)
@@ -175,7 +177,7 @@ class Exl3CalibrationTest(unittest.TestCase):
             self.assertNotIn("dataset", written)
             self.assertEqual(written["calibration"], expected)
 
-    @parameterized.expand(["llama", "llama_tied", "gpt2", "mixtral", "qwen3_moe", "phi3", "nemotron_h"])
+    @parameterized.expand(["llama", "gpt2", "qwen3_moe", "phi3"])
     def test_what_was_read_is_answered_better_than_without_data(self, name):
         ids = torch.tensor(some_rows())
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
