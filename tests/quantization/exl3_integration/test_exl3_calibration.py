@@ -13,6 +13,7 @@
 # limitations under the License.
 """Quantizing with data: the feedback, the pass that quantizes, the text, and what is refused."""
 
+import copy
 import tempfile
 import unittest
 from unittest import mock
@@ -296,6 +297,7 @@ class Exl3CalibrationTest(unittest.TestCase):
     @parameterized.expand([("tp", {"tp_size": 2}), ("fsdp", {"fsdp_size": 2})])
     def test_several_processes_are_refused(self, _, sizes):
         model, _ = tiny_model("llama")
+        model.config = copy.copy(model.config)  # which all tests share
         model.config.distributed_config = DistributedConfig(**sizes)
         quantizer = Exl3HfQuantizer(Exl3Config(dataset=some_rows()), pre_quantized=False)
         with self.assertRaisesRegex(ValueError, "quantized with a `dataset` in one process"):
