@@ -24,6 +24,7 @@ from parameterized import parameterized
 
 from transformers import (
     ApertusConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DeepseekV4Config,
@@ -45,6 +46,8 @@ KIMI = TEXT | {"num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim":
 KIMI |= {"qk_nope_head_dim": 32, "linear_head_dim": 32, "linear_num_heads": 4, "num_experts": 4}
 KIMI |= {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 KIMI |= {"layer_types": ["linear_attention", "full_attention"]}
+RADIO = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 16, "image_size": 32}
+RADIO |= {"max_img_size": 32, "patch_dim": 768, "num_cls_tokens": 3, "num_registers": 7}
 IDS = torch.arange(3, 24).view(3, 7)
 STEP_EXPERTS = "model.language_model.layers.1.mlp.experts"
 
@@ -270,6 +273,26 @@ class Exl3ConvertedTest(unittest.TestCase):
         names = {name.rpartition(".")[0] for name in read_tensors(again)}
         self.assertEqual(names, {name.rpartition(".")[0] for name in checkpoint.dense})
 
+    def test_parts_of_what_upstream_splits_while_loading(self):
+        """The tower of Nemotron Omni: `attn.qkv` of its files is `attention.q_proj` and two more in the model."""
+        config = CONFIG_MAPPING["radio"](**RADIO)
+        checkpoint = SyntheticCheckpoint(random_model(config, AutoModel))
+        (name,) = [name.removesuffix(".weight") for name in checkpoint.dense if name.endswith("attn.qkv.weight")]
+        parts = {f"{name.removesuffix('.qkv')}.{part}_proj": 128 for part in "qkv"}
+        checkpoint.quantize(name, parts=parts)
+        found = []
+        for folder, tensors in (("quantized", checkpoint.tensors), ("dense", checkpoint.dense)):
+            os.makedirs(path := os.path.join(self.folder, folder))
+            checkpoint.save(path, tensors, quantized=folder == "quantized")
+            found.append(AutoModel.from_pretrained(path, dtype=torch.float32).eval())
+        self.assertIsInstance(found[0].get_submodule("encoder.layer.0.attention.v_proj"), Exl3Linear)
+        pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            result, expected = (model(pixels).last_hidden_state for model in found)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+        found[0].save_pretrained(path := os.path.join(self.folder, "again"))
+        self.assertEqual(read_tensors(path).keys(), checkpoint.tensors.keys())
+
     def test_plain_weights_beside_their_quantized_parts_give_way(self):
         model, auto = tiny_model("qwen2_5_vl")
         checkpoint = SyntheticCheckpoint(model)
@@ -321,6 +344,23 @@ class Exl3ConvertedTest(unittest.TestCase):
             checkpoint.tensors[name.replace("in_proj_", "in_proj.")] = checkpoint.tensors.pop(name)
         loaded = self.assert_loads(checkpoint, auto=AutoModelForImageTextToText)
         self.assertIsInstance(loaded.get_submodule(STEP_EXPERTS), Exl3Experts)
+
+    def test_rows_that_upstream_permutes_are_not_quantized_on_the_fly(self):
+        model = random_model(step_config(), AutoModelForImageTextToText)
+        model.save_pretrained(os.path.join(self.folder, "dense"))
+        config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=["language_model", "multi_modal_projector"])
+        quantized = AutoModelForImageTextToText.from_pretrained(
+            os.path.join(self.folder, "dense"), quantization_config=config
+        )
+        block = quantized.model.vision_model.layers[0]
+        self.assertNotIsInstance(block.self_attn.q_proj, Exl3Linear)
+        self.assertIsInstance(block.mlp.fc1, Exl3Linear)
+        quantized.save_pretrained(path := os.path.join(self.folder, "again"))
+        AutoModelForImageTextToText.from_pretrained(path)
+        (name,) = [name for name in read_tensors(path) if name.endswith("0.attn.in_proj_weight")]
+        torch.testing.assert_close(
+            read_tensors(path)[name], read_tensors(os.path.join(self.folder, "dense"))[name], rtol=0, atol=0
+        )
 
     def test_codes_whose_rows_would_have_to_be_permuted_are_an_error(self):
         checkpoint = SyntheticCheckpoint(random_model(step_config(), AutoModelForImageTextToText))

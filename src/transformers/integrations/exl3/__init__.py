@@ -28,7 +28,8 @@ The files from the ground up. A file imports from the lines above its own, never
 | experts, embeddings                            | the same of mixtures and of tables                                     |
 | data_parallel                                  | replicas that are trained together                                     |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
-| naming, restoring, plain_layers                | names in files; what these lack; which layers are not quantized        |
+| naming                                         | what upstream's renamings and conversions do not lead back to          |
+| restoring, plain_layers                        | what files lack; which layers are not quantized on the fly             |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
 | finished, text                                 | where quantized layers go, memory or files; the tokens that data are   |

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What tensors are called in files, where upstream's renamings do not lead back to it: they are saved by these names again."""
+"""What upstream's renamings and conversions do not lead back to: names that tensors have in files, and weights in another order."""
 
 import copy
 from collections.abc import Container, Iterable
@@ -20,12 +20,28 @@ from collections.abc import Container, Iterable
 from torch import Tensor
 
 from ...core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Split,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    apply_converters,
     apply_renamings,
     rename_source_key,
 )
+
+
+# Operations of upstream's that take weights apart or put them together and change nothing in them.
+RESHAPING = (Chunk, Concatenate, MergeModulelist, Split, SplitModulelist)
+
+
+def changing_operations(path: str, converters: list[WeightConverter]) -> list[str]:
+    """The names of upstream's operations that make the float weight of the layer at `path` another than files have."""
+    used = [entry for entry in converters if apply_converters(f"{path}.weight", [entry.reverse_transform()])[1]]
+    return [type(op).__name__ for entry in used for op in entry.operations if type(op) not in RESHAPING]
 
 
 class Exl3FileNames(WeightRenaming):

@@ -28,11 +28,6 @@ from torch import nn
 
 from ...conversion_mapping import get_model_conversion_mapping
 from ...core_model_loading import (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    Split,
-    SplitModulelist,
     WeightConverter,
     WeightRenaming,
     apply_converters,
@@ -56,13 +51,12 @@ from .checkpoint import Checkpoint, Exl3CheckpointError, cut_columns
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts, Exl3Projection
 from .modules import Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
+from .naming import changing_operations
 from .restoring import ROUTER_CORRECTIONS
 
 
 # A module of these has a weight that codes can stand for; of subclasses only they themselves know how to multiply.
 LINEAR_CLASSES = (nn.Linear, Conv1D)
-# Operations of upstream's that take weights apart or put them together and change nothing in them.
-RESHAPING = (Chunk, Concatenate, MergeModulelist, Split, SplitModulelist)
 NUMBER = "(0|[1-9][0-9]{0,8})"  # of an expert or a slice, in the one spelling that it has
 EXPERT = re.compile(rf"(.+)\.{NUMBER}\.({'|'.join(EXPERT_ROLES)})")
 
@@ -158,12 +152,7 @@ class Placement:
         _, pattern = apply_converters(apply_renamings(f"{name}.weight", self._renamings), self._converters)
         converters = [entry for entry in self._converters if pattern in entry.source_patterns]
         if not converters:
-            converters = [
-                entry
-                for entry in self._converters
-                if apply_converters(f"{path}.weight", [entry.reverse_transform()])[1]
-            ]
-            return [type(op).__name__ for entry in converters for op in entry.operations if type(op) not in RESHAPING]
+            return changing_operations(path, self._converters)
         return [type(operation).__name__ for entry in converters for operation in entry.operations]
 
     def _in_model(self, path: str) -> str:
@@ -200,6 +189,10 @@ class Placement:
             if path in self._paths and is_linear(self._paths[path]) and any(part in names for names in spellings):
                 composites[Placement._split, path][part] = name
                 return
+        path = self._path_of_part(name)
+        if path is not None:
+            self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
+            return
         if not self._place_fused(name, parent) and not self._is_ignored(name):
             stands = type(self._paths[path]).__name__ if (path := self._target(name)[0]) in self._paths else "nothing"
             self._problems.append(
@@ -218,6 +211,20 @@ class Placement:
             is_there = path in self._paths and is_experts(self._paths[path])
             self._containers[owner, projection] = path if is_there else None
         return self._containers[owner, projection]
+
+    def _path_of_part(self, name: str) -> str | None:
+        """Where the model has the layer `name`, a part of what is one tensor in files of the source, which upstream splits."""
+        parent, _, part = name.rpartition(".")
+        for fused, spellings in FUSED.items():
+            order = next((names for names in spellings if part in names), ())
+            renamed, pattern = self._renamed(f"{parent}.{fused}.weight")
+            targets = next((c.target_patterns for c in self._converters if pattern in c.source_patterns), ())
+            if not order or len(targets) != len(order):
+                continue
+            path = renamed.removesuffix(".weight").replace(targets[0], targets[order.index(part)])
+            if isinstance(self._paths.get(path), LINEAR_CLASSES) and not self._operations(name, path):
+                return path
+        return None
 
     def _place_fused(self, name: str, parent: str) -> bool:
         """Place the quantized module `name` that the model has in parts, in the module `parent`, if that is what it is."""

@@ -17,7 +17,10 @@ import re
 
 from torch import nn
 
+from ...conversion_mapping import get_model_conversion_mapping
+from ...core_model_loading import WeightConverter
 from .architecture import is_linear, linear_sizes
+from .naming import changing_operations
 
 
 # Modules by what they are called, one of a path's components: they choose experts, or turn patches of an image into rows.
@@ -35,6 +38,9 @@ def stays_plain(model: nn.Module, paths: dict[str, nn.Module]) -> set[str]:
     block with a recurrence whatever passes through the width of one head: the factors of its gates; and in the indexer of
     sparse attention the key that all its heads share.
 
+    So do layers whose weights stand in files in another order, which codes cannot be put into: other programs would read them
+    wrong.
+
     Args:
         model (`nn.Module`): The model, with a config.
         paths (`dict[str, nn.Module]`): Its modules.
@@ -44,6 +50,7 @@ def stays_plain(model: nn.Module, paths: dict[str, nn.Module]) -> set[str]:
     """
     layers = {path: linear_sizes(module) for path, module in paths.items() if is_linear(module)}
     heads = _most_heads(model.config.to_dict())
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
     narrow = _narrow_in_recurrences(layers, paths)
     return {
         path
@@ -53,6 +60,7 @@ def stays_plain(model: nn.Module, paths: dict[str, nn.Module]) -> set[str]:
         or out_features <= heads
         or path in narrow
         or out_features <= _head_of_indexer(path, paths)
+        or changing_operations(path, converters)
     }
 
 

@@ -39,7 +39,8 @@ from transformers import Exl3Config
 from transformers.integrations.exl3.modules import Exl3Linear
 
 from . import exllamav3_on_cpu as exllamav3
-from .architectures import ROWS, VOCAB, Row
+from .architectures import ROWS
+from .rows import VOCAB, Row
 
 
 TOLERANCE = 2e-5  # largest difference, of the root mean square
@@ -111,7 +112,7 @@ class Case:
         """Make the source, convert it, and make of it what the codes mean."""
         self.make_source()
         source, row = self.path("source"), self.row
-        self.conversion = exllamav3.Conversion(source, row.vision_bits)
+        self.conversion = exllamav3.Conversion(source, row.vision_bits, row.bits, row.codebook)
         self.conversion.write(source, self.path("exl3"), self.path("work"))
         found, first = exllamav3.places(source, row.vision_bits)
         tensors = exllamav3.read_folder(source)
@@ -155,7 +156,11 @@ class Case:
         turned = [name for name in tensors if self.row.transposed and re.search(self.row.transposed, name)]
         tensors |= {name: tensors[name].mT.contiguous() for name in turned}
         halved = {name: t.bfloat16() for name, t in tensors.items() if t.is_floating_point() and name not in constants}
-        self.write("source", {rename(name): tensor for name, tensor in (tensors | halved).items()}, self.config)
+        source = {rename(name): tensor for name, tensor in (tensors | halved).items()}
+        for name, shape in self.row.adds(source).items() if self.row.adds else ():
+            drawn = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+            source[name] = (drawn if len(shape) > 1 else 1 + drawn).bfloat16()
+        self.write("source", source, self.config)
 
     def write(self, name: str, tensors: dict[str, torch.Tensor], config: dict):
         os.makedirs(self.path(name))
@@ -218,7 +223,7 @@ class Case:
             return exllamav3.drawn_codes(layer.trellis.shape, str(seed), scale, layer.codebook)
 
         with mock.patch.object(Exl3Linear, "encoded", encoded):
-            model = self.load("source", quantization_config=Exl3Config(bits=4, codebook="mul1"))
+            model = self.load("source", quantization_config=Exl3Config(bits=4, codebook=self.row.codebook))
         model.save_pretrained(self.path("quantized"))
         again = self.load("quantized")
         same = difference(again(**_inputs).logits, model(**_inputs).logits) <= TOLERANCE
@@ -226,7 +231,7 @@ class Case:
         saved = exllamav3.read_folder(self.path("quantized"))
         ours = {name.removesuffix(".trellis") for name in saved if name.endswith(".trellis")}
         head = {name for name in self.conversion.of_text if re.search(r"(^|\.)(lm_)?head$", name)}
-        others = (ours ^ self.conversion.of_text) - head
+        others = (ours ^ self.conversion.of_text) - head - self.conversion.left
         listed = {name for name in others if self.row.differs and re.search(self.row.differs, name)}
         self.note(
             "same layers", f"not: {in_short(others - listed)[:8]}" if others - listed else "", listed and self.row.why

@@ -85,21 +85,27 @@ class Conversion:
     Args:
         source (`str`): Folder of the checkpoint.
         vision_bits (`int`, *optional*): As its command has it; 16 leaves towers, and nothing takes what it has for one.
+        bits (`float`, *optional*, defaults to 4), codebook (`str`, *optional*, defaults to `mul1`): As its command has them.
 
     Attributes:
         decoded (`dict[str, torch.Tensor]`): The weight `[in, out]`, padded, of each layer that is quantized.
         of_text (`set[str]`): Those of them that are not of layers for speculative decoding.
+        beside (`tuple[str, ...]`): What names of layers for speculative decoding begin with.
+        left (`set[str]`): Layers of a tower that is not quantized.
     """
 
-    def __init__(self, source: str, vision_bits: int | None = None):
+    def __init__(self, source: str, vision_bits: int | None = None, bits: float = 4, codebook: str = "mul1"):
         self.config = Config.from_directory(source)
         self.text = Model.from_config(self.config)
         self.mtp = self._part("mtp")
         self.vision = self._part("vision")
         if vision_bits is None:
             vision_bits = self.vision.caps.get("default_vision_bits", 16) if self.vision else 16
+        modules = self.vision.modules if self.vision and vision_bits == 16 else ()
+        self.left = {layer.key for module in modules for layer in module if isinstance(layer, Linear)}
         if vision_bits == 16:
             self.vision = None
+        self.bits, self.codebook = bits, codebook
         self.vision_bits, self.decoded, self.of_text = vision_bits, {}, set()
         self.beside = tuple(f"{module.key}." for module in self.mtp.modules) if self.mtp else ()
 
@@ -122,10 +128,9 @@ class Conversion:
         stored = os.path.join(work, "qtensors")
         os.makedirs(stored)
         os.makedirs(target)
-        args = (self.text, self.mtp, self.config, 4, 6, 4, 0)
-        bits, average = create_q_strategy(
-            *args, vision_model=self.vision, vision_bpw=self.vision_bits, half_steps=True
-        )
+        args = (self.text, self.mtp, self.config, self.bits, 6, 4, 0)
+        steps = {"half_steps": self.codebook == "mul1"}
+        bits, average = create_q_strategy(*args, vision_model=self.vision, vision_bpw=self.vision_bits, **steps)
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for part, module, layers in self.layers():
             for layer in layers:
@@ -141,7 +146,7 @@ class Conversion:
         compile_args = {
             "in_dir": source, "out_dir": target, "work_dir": work, "shard_size": 8192, "head_bits": 6,
             "final_bits": round(average, 2), "cal_rows": 250, "cal_cols": 2048, "apply_out_scales": None,
-            "codebook": "mul1", "vision_bits": self.vision_bits, "mtp_bits": 4,
+            "codebook": self.codebook, "vision_bits": self.vision_bits, "mtp_bits": 4,
         }  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
             compile_model(compile_args, self.text, self.config, None, self.mtp, self.vision)
@@ -149,11 +154,12 @@ class Conversion:
     def _quantize(self, layer, bits):
         weight, bias = layer.inner.get_weight_tensor(), layer.inner.get_bias_tensor()
         shape = (weight.shape[0] // format.TILE, weight.shape[1] // format.TILE, int(format.TILE * bits))
-        codes = drawn_codes(shape, layer.key, weight.float().std().item() or 0.05)
-        self.decoded[layer.key] = ops.dequantize(codes["trellis"], codes["suh"], codes["svh"], "mul1").T.contiguous()
+        codes = drawn_codes(shape, layer.key, weight.float().std().item() or 0.05, self.codebook)
+        weight = ops.dequantize(codes["trellis"], codes["suh"], codes["svh"], self.codebook)
+        self.decoded[layer.key] = weight.T.contiguous()
         layer.inner = LinearEXL3(
             layer.config, layer.in_features, layer.out_features, None, None, None, codes["suh"], codes["svh"],
-            codes["trellis"], None, codes["mul1"], bias, layer.out_dtype, key=layer.key,
+            codes["trellis"], codes.get("mcg"), codes.get("mul1"), bias, layer.out_dtype, key=layer.key,
         )  # fmt: skip
 
 
