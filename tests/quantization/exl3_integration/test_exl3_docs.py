@@ -26,6 +26,7 @@ from parameterized import parameterized
 from transformers.integrations.exl3.__main__ import main as convert
 from transformers.testing_utils import require_accelerate, require_peft, require_tokenizers, require_torch
 
+from .conformance.architectures import in_short
 from .synthetic import SyntheticCheckpoint
 from .test_exl3_ecosystem import tiny_tokenizer
 from .tiny_models import tiny_model
@@ -69,3 +70,9 @@ class Exl3DocsTest(unittest.TestCase):
             for made in ("gemma-3-270m-exl3", "gemma-exl3-3.5"):
                 self.assertLessEqual({"quantization_config.json", "tokenizer.json"}, {*os.listdir(made)})
             self.assertGreater(sum(parameter.requires_grad for parameter in names["model"].parameters()), 0)
+
+    @parameterized.expand([(language, kind) for language in ("en", "ar") for kind in in_short()])
+    def test_architectures_are_those_of_the_conformance_table(self, language, kind):
+        text = (DOCS / language / "quantization" / "exl3.md").read_text(encoding="utf-8")
+        names = ", ".join(in_short()[kind])
+        self.assertRegex(text, rf"(?<!, ){re.escape(names)}(?!, \w)")

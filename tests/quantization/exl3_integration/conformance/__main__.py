@@ -72,7 +72,7 @@ class Case:
 
     def __init__(self, row: Row, folder: str):
         self.row, self.folder = row, folder
-        self.kind = getattr(transformers, row.architecture)
+        self.kind = getattr(transformers, row.kind or row.architecture)
         self.found: dict[str, str] = {}
         self.problems: list[str] = []
 
@@ -297,7 +297,8 @@ def main():
             print(row.name, case.problems or "ok", file=sys.stderr, flush=True)
     print(table(cases))
     if arguments.json:
-        known = sorted(name for name in exllamav3.ARCHITECTURES if hasattr(transformers, name))
+        renamed = {row.architecture for row in ROWS if row.kind}
+        known = sorted(name for name in exllamav3.ARCHITECTURES if name in renamed or hasattr(transformers, name))
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"known": known, "cases": cases}, file)
     sys.exit(any(case["problems"] for case in cases))

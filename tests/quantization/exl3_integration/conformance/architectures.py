@@ -13,6 +13,8 @@
 # limitations under the License.
 """All architectures that exllamav3 1.6.5 and Transformers both have: rows, and why others are in none."""
 
+import re
+
 from . import texts, towers, variants
 
 
@@ -25,3 +27,19 @@ NOT_HELD = {
     "GptOssForCausalLM": "exllamav3 converts it from MXFP4 alone; the tests have a checkpoint of it",
     "MuseGlimmerAssistantModel": "a draft model for speculative decoding, which exllamav3 does not convert",
 }
+
+
+def in_short() -> dict[str, list[str]]:
+    """Names as the documentation has them: of what holds, is refused, is not read by exllamav3 when saved here, and is in no row."""
+    found = {
+        "holds": [row for row in ROWS if not row.refused],
+        "refused": [row for row in ROWS if row.refused],
+        "unreadable": [row for row in ROWS if row.unreadable],
+    }
+    names = {kind: {_stem(row.architecture) for row in rows} for kind, rows in found.items()}
+    names["not held"] = {*NOT_HELD}
+    return {kind: sorted(stems, key=str.lower) for kind, stems in names.items()}
+
+
+def _stem(architecture: str) -> str:
+    return re.sub(r"(_?ForCausalLM|ForConditionalGeneration|_Reasoning_V3)$", "", architecture)

@@ -86,7 +86,7 @@ class Row:
     One architecture.
 
     Args:
-        architecture (`str`): The class, as both sides call it.
+        architecture (`str`): The class, as exllamav3 and files call it.
         fields (`dict`): Of its config.
         config (`Callable`, *optional*): Gives config.json, changed in place, what exllamav3 reads and Transformers 5 writes otherwise.
         names (`Callable`, *optional*): From a name that Transformers 5 saves to the one that the Hub's files have.
@@ -99,6 +99,7 @@ class Row:
         differs (`str`, *optional*): Pattern for layers that are quantized by one of both, and
         why (`str`): the reason.
         unreadable (`str`, *optional*): Why exllamav3 does not read what is quantized on the fly.
+        kind (`str`, *optional*): The class as Transformers calls it, where that is another name.
         variant (`str`, *optional*): What sets the row apart from others of the same architecture.
         bits (`float`), codebook (`str`): Of exllamav3's converter.
     """
@@ -119,6 +120,7 @@ class Row:
     variant: str = ""
     bits: float = 4
     codebook: str = "mul1"
+    kind: str | None = None
 
     @property
     def name(self) -> str:

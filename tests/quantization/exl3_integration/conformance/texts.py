@@ -49,6 +49,7 @@ ROWS = [
         differs=r"self_attn\.o_proj",
         why="exllamav3 leaves `o_proj` of this architecture alone; it reads it quantized, too",
     ),
+    Row("Ernie4_5_ForCausalLM", text(head_dim=32), kind="Ernie4_5ForCausalLM"),
     Row(
         "Ernie4_5_MoeForCausalLM",
         text(head_dim=32, moe_num_experts=4, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1)
