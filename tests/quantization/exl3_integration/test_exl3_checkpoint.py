@@ -241,7 +241,7 @@ class Exl3FixturesTest(Exl3CheckpointTestCase):
             # What is not quantized has the dtype that the model was loaded in.
             dtype = tensor.dtype if name.rpartition(".")[2] != "weight" else torch.float32
             self.assertEqual(saved[name].dtype, dtype, name)
-            self.assertTrue(torch.equal(saved[name], tensor.to(dtype)), name)
+            torch.testing.assert_close(saved[name], tensor.to(dtype), rtol=0, atol=0, msg=name)
         self.assertEqual(config["quantization_config"], self.config["quantization_config"])
         # The converter's own file says the same of every module, but for that dtype.
         for storage in (beside["tensor_storage"], expected["tensor_storage"]):

@@ -105,15 +105,15 @@ class Exl3GenerationTest(unittest.TestCase):
 
     def test_rows_of_a_batch_are_generated_as_each_by_itself(self):
         for row, expected in zip(self.ids, self.expected):
-            self.assertTrue(torch.equal(self.generate(row[None])[0], expected))
+            torch.testing.assert_close(self.generate(row[None])[0], expected, rtol=0, atol=0)
 
     def test_padding_on_the_left_changes_nothing(self):
         short = self.ids[0, 3:]
         padded = nn.functional.pad(short, (3, 0))
         mask = torch.stack((torch.ones_like(padded), (torch.arange(7) >= 3).long()))
         result = self.generate(torch.stack((self.ids[1], padded)), mask)
-        self.assertTrue(torch.equal(result[0], self.expected[1]))
-        self.assertTrue(torch.equal(result[1, 3:], self.generate(short[None])[0]))
+        torch.testing.assert_close(result[0], self.expected[1], rtol=0, atol=0)
+        torch.testing.assert_close(result[1, 3:], self.generate(short[None])[0], rtol=0, atol=0)
 
     @parameterized.expand(
         [
@@ -123,7 +123,7 @@ class Exl3GenerationTest(unittest.TestCase):
         ]
     )
     def test_caches(self, _, kwargs):
-        self.assertTrue(torch.equal(self.generate(self.ids, **kwargs), self.expected))
+        torch.testing.assert_close(self.generate(self.ids, **kwargs), self.expected, rtol=0, atol=0)
 
     @slow  # Quanto compiles its kernels first
     @require_optimum_quanto
@@ -131,14 +131,17 @@ class Exl3GenerationTest(unittest.TestCase):
         settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 16}
         result = self.generate(self.ids, cache_implementation="quantized", cache_config=settings)
         self.assertEqual(result.shape, self.expected.shape)
-        self.assertTrue(torch.equal(result[:, :8], self.expected[:, :8]))  # the first token comes from exact values
+        # The first token comes from exact values.
+        torch.testing.assert_close(result[:, :8], self.expected[:, :8], rtol=0, atol=0)
 
     def test_assisted_generation(self):
         """With a quantized draft, a float draft and the prompt itself the same tokens come out."""
         draft = AutoModelForCausalLM.from_pretrained(self.folder)
         for settings in ({"assistant_model": draft}, {"assistant_model": tiny_model("llama")[0]}):
-            self.assertTrue(torch.equal(self.generate(self.ids[:1], **settings), self.expected[:1]))
-        self.assertTrue(torch.equal(self.generate(self.ids[:1], prompt_lookup_num_tokens=2), self.expected[:1]))
+            torch.testing.assert_close(self.generate(self.ids[:1], **settings), self.expected[:1], rtol=0, atol=0)
+        torch.testing.assert_close(
+            self.generate(self.ids[:1], prompt_lookup_num_tokens=2), self.expected[:1], rtol=0, atol=0
+        )
 
     def test_beams_are_scored_by_the_model(self):
         result = self.generate(self.ids, num_beams=3, output_scores=True, return_dict_in_generate=True)
@@ -224,7 +227,7 @@ class Exl3EcosystemTest(unittest.TestCase):
         quantized, model = self.quantize(name)
         layer = getattr(quantized, head)
         self.assertIs(type(layer), nn.Linear)
-        self.assertTrue(torch.equal(layer.weight, getattr(model, head).weight))
+        torch.testing.assert_close(layer.weight, getattr(model, head).weight.data, rtol=0, atol=0)
         quantized(**tiny_inputs(name), labels=torch.tensor([0, 1, 0])).loss.backward()
         self.assertGreater(float(layer.weight.grad.abs().max()), 0)
 
@@ -275,7 +278,7 @@ class Exl3EcosystemTest(unittest.TestCase):
             with tempfile.TemporaryDirectory() as folder:
                 quantized.save_pretrained(folder)
                 loaded = AutoModelForCausalLM.from_pretrained(folder)
-            self.assertTrue(torch.equal(loaded(**inputs).logits, result))
+            torch.testing.assert_close(loaded(**inputs).logits, result, rtol=0, atol=0)
 
     def test_a_push_to_the_hub_holds_all_files(self):
         quantized, _ = self.quantize("mixtral")
@@ -294,12 +297,13 @@ class Exl3EcosystemTest(unittest.TestCase):
             quantized.save_pretrained(folder)
             pushed, saved = read_tensors(hub), read_tensors(folder)
             self.assertEqual(pushed.keys(), saved.keys())
-            self.assertTrue(all(torch.equal(pushed[name], tensor) for name, tensor in saved.items()))
+            for name, tensor in saved.items():
+                torch.testing.assert_close(pushed[name], tensor, rtol=0, atol=0, msg=name)
             self.assertIn("quantization_config.json", os.listdir(hub))
             inputs = tiny_inputs("mixtral")
             with torch.no_grad():
                 loaded = AutoModelForCausalLM.from_pretrained(hub)
-                self.assertTrue(torch.equal(loaded(**inputs).logits, quantized(**inputs).logits))
+                torch.testing.assert_close(loaded(**inputs).logits, quantized(**inputs).logits, rtol=0, atol=0)
 
 
 @slow
@@ -408,5 +412,5 @@ class Exl3SentenceEmbeddingsTest(unittest.TestCase):
             model.save_pretrained(folder)
             self.assertTrue(any(name.endswith(".trellis") for name in read_tensors(folder)))
             again = SentenceTransformer(folder, device="cpu").encode(self.sentences, convert_to_tensor=True)
-        self.assertTrue(torch.equal(again, found))
+        torch.testing.assert_close(again, found, rtol=0, atol=0)
         self.assertGreater(float(nn.functional.cosine_similarity(found, self.expected).mean()), 0.98)

@@ -63,7 +63,7 @@ class Exl3ModulesTest(unittest.TestCase):
             self.assertEqual((plain.in_features, plain.out_features), (in_features, out_features))
             self.assertLess(error(plain.weight, weight), 1e-6)
             self.assertEqual(plain.bias is not None, bias)
-            self.assertTrue(torch.equal(module.weight, plain.weight))
+            torch.testing.assert_close(module.weight, plain.weight.data, rtol=0, atol=0)
 
     @parameterized.expand([(128,), (200,)])
     def test_inputs_of_another_width_are_refused(self, in_features):
@@ -90,18 +90,18 @@ class Exl3ModulesTest(unittest.TestCase):
         ):
             calls, y = self.called(lambda: module(x))
             self.assertEqual((calls, y.shape, y.dtype), (0, (*x.shape[:-1], 130), x.dtype))
-            self.assertTrue(torch.equal(y, expected(x)))
+            torch.testing.assert_close(y, expected(x), rtol=0, atol=0)
         others, _ = make(200, 130, seed=1)
         x = torch.randn(1, 200)
         module(x)
         module.trellis.data = others.trellis.data.clone()
-        self.assertTrue(torch.equal(module(x), expected(x)))
+        torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
         module.suh = nn.Parameter(others.suh.data.float(), requires_grad=False)
-        self.assertTrue(torch.equal(module(x), expected(x)))
+        torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
         module.bias.data.add_(1)
-        self.assertTrue(torch.equal(module(x), expected(x)))
-        self.assertTrue(torch.equal(copy.deepcopy(module)(x), expected(x)))
-        self.assertTrue(torch.equal(pickle.loads(pickle.dumps(module))(x), expected(x)))
+        torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
+        torch.testing.assert_close(copy.deepcopy(module)(x), expected(x), rtol=0, atol=0)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(module))(x), expected(x), rtol=0, atol=0)
 
     def test_what_watches_sees_the_operator(self):
         module, _ = make(200, 130)
@@ -179,7 +179,7 @@ class Exl3ModulesTest(unittest.TestCase):
         self.assertLess(error(module(x, index, weights), plain(x, index, weights)), 1e-5)
         # The sentinel of expert parallelism, and experts that no token is routed to.
         nobody = torch.full_like(index, own.num_experts)
-        self.assertTrue(torch.equal(module(x, nobody, weights), torch.zeros_like(x)))
+        torch.testing.assert_close(module(x, nobody, weights), torch.zeros_like(x), rtol=0, atol=0)
         only = torch.zeros_like(index[:, :1])
         alone = module(x, only, weights[:, :1])
         self.assertLess(error(alone, plain(x, only, weights[:, :1])), 1e-5)
@@ -229,15 +229,21 @@ class Exl3ModulesTest(unittest.TestCase):
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         for cast in (module.half, module.float, module.bfloat16, lambda: module.to("cpu", torch.float64)):
             after = cast().state_dict()
-            self.assertTrue(all(torch.equal(after[name], before[name]) for name in before))
-            self.assertTrue(all(after[name].dtype == before[name].dtype for name in before))
+            torch.testing.assert_close(dict(after), before, rtol=0, atol=0)
         self.assertTrue(all(parameter.is_meta for parameter in module.to("meta").parameters()))
+
+    @parameterized.expand([(True,), (False,)])
+    def test_a_module_is_trained_or_not_as_the_plain_one(self, training):
+        module, _ = make(128, 128, plain=nn.Linear(128, 128).train(training))
+        self.assertEqual(module.training, training)
+        self.assertEqual(module.dequantize().training, training)
+        self.assertEqual(module.train(not training).dequantize().training, not training)
 
     def test_copies_and_pickles(self):
         for module in (make(128, 130)[0], Exl3SplitLinear({"a": make(128, 130)[0]}, nn.Linear(128, 130))):
             x = torch.randn(3, 128)
             for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-                self.assertTrue(torch.equal(other(x), module(x)))
+                torch.testing.assert_close(other(x), module(x), rtol=0, atol=0)
                 self.assertFalse(
                     {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in module.parameters()}
                 )
@@ -247,7 +253,7 @@ class Exl3ModulesTest(unittest.TestCase):
         module = Exl3Linear(200, 100, tensors)
         self.assertLess(error(module.weight, weight), 1e-6)
         tensors["trellis"] = tensors["trellis"].view(torch.uint16)
-        self.assertTrue(torch.equal(Exl3Linear(200, 100, tensors).weight, module.weight))
+        torch.testing.assert_close(Exl3Linear(200, 100, tensors).weight, module.weight, rtol=0, atol=0)
 
     def test_gradients_pass_through(self):
         module, weight = make(130, 200)

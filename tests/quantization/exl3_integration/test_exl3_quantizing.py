@@ -595,6 +595,13 @@ class Exl3QuantizingTest(unittest.TestCase):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
         self.assertIn("model.layers.0.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
 
+    def test_nothing_is_quantized_after_the_first_error(self):
+        folder, _, auto_class = self.source("llama")
+        with mock.patch.object(Exl3Linear, "encoded", side_effect=ValueError("no")) as encoded:
+            with self.assertRaises(RuntimeError):
+                auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=1))
+        self.assertEqual(encoded.call_count, 1)
+
     @parameterized.expand(
         [
             ("llama", "model.layers.0.mlp.up_proj.weight", float("nan"), "model.layers.0.mlp.up_proj.weight"),
