@@ -215,8 +215,9 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.placement.modules
 
     def update_weight_conversions(self, weight_conversions, model):
-        from ..integrations.exl3.loading import Exl3Names, Exl3Stacks, Exl3Stored, with_transforms
+        from ..integrations.exl3.loading import Exl3Names, Exl3Stored, with_transforms
         from ..integrations.exl3.naming import Exl3FileNames, names_in_files
+        from ..integrations.exl3.stacks import Exl3Stacks
 
         if self.plan is not None:
             stored = Exl3Stored(self.plan.modules, model, weight_conversions)

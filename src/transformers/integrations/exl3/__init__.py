@@ -28,7 +28,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | experts, embeddings                            | the same of mixtures and of tables                                     |
 | data_parallel                                  | replicas that are trained together                                     |
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
-| naming                                         | what upstream's renamings and conversions do not lead back to          |
+| naming, stacks                                 | what upstream's renamings do not lead back to; experts in files        |
 | restoring, plain_layers                        | what files lack; which layers are not quantized on the fly             |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |

@@ -23,12 +23,8 @@ What happens to the tensors of a checkpoint on their way into a model: the names
 """
 
 import re
-from concurrent.futures import Future
-from itertools import count, islice
-from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ...core_model_loading import (
@@ -43,13 +39,13 @@ from ...core_model_loading import (
 )
 from ...distributed.sharding_utils import DtensorShardOperation
 from ...distributed.utils import is_dtensor
-from . import format, ops
+from . import format
 from .checkpoint import LINEAR_TENSORS, cut_columns, join_columns
 from .embeddings import Exl3Embedding
 from .experts import Exl3Experts, Exl3StackedLinear
-from .modules import Exl3Module, local
+from .modules import Exl3Module
 from .naming import Exl3FileNames, names_in_files
-from .stored import StoredTensor, read_stack
+from .stacks import Exl3AsStored, Exl3StackNames, stacks_of
 
 
 # Where upstream's transforms have patterns, those here have a word with a space, which matches no tensor: they go by name.
@@ -135,177 +131,6 @@ class Exl3Converter(WeightConverter):
             )
 
 
-class StackMembers(NamedTuple):
-    """
-    Where the entries of a stack are.
-
-    Args:
-        experts (`Exl3Experts`): The module that the stack is in.
-        numbers (`list[int]`): The experts that it has when no process has them to itself.
-        stored (`list[StoredTensor]`): What it holds of each of these.
-    """
-
-    experts: Exl3Experts
-    numbers: list[int]
-    stored: list[StoredTensor]
-
-    def own(self) -> list[StoredTensor]:
-        """What is of experts that this process has."""
-        first, last = self.experts.first, self.experts.first + self.experts.num_experts
-        return [stored for number, stored in zip(self.numbers, self.stored) if first <= number < last]
-
-
-# What stands for a stack while upstream renames tensors, and after it: the stack's number, or nothing for what upstream is not to read.
-# It is found wherever upstream's renamings leave it.
-_STACK = "exl3 stack "
-
-
-class Exl3StackNames(WeightRenaming):
-    """
-    Has upstream see one tensor of each stack in the place of hundreds: tensors of stacks are given the stack's name before
-    upstream's renamings, and on saving their own after these.
-
-    Args:
-        stacks (`Exl3Stacks`): Has the stacks.
-    """
-
-    __slots__ = ("stacks", "names", "stored_names")
-
-    def __init__(self, stacks: "Exl3Stacks"):
-        super().__init__(_BY_NAME, _BY_NAME)
-        self.stacks, self.names = stacks, None
-        self.stored_names = [stored.name for members in stacks.members.values() for stored in members.stored]
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        if self.names is None:  # now it is known what this process has
-            self.names = dict.fromkeys(self.stored_names, _STACK)
-            for number, members in enumerate(self.stacks.members.values()):
-                self.names |= {stored.name: f"{_STACK}{number}" for stored in members.own()[:1]}
-        name = self.names.get(source_key)
-        return (source_key, None) if name is None else (name, _BY_NAME)
-
-    def was_used(self) -> bool:
-        return True  # what it undoes on saving does not depend on what was loaded
-
-    def reverse_transform(self) -> "Exl3StackEntryNames":
-        return Exl3StackEntryNames(self.stored_names)
-
-
-class Exl3StackEntryNames(WeightRenaming):
-    """
-    Gives entries of stacks the names that they have in files.
-
-    Args:
-        names (`list[str]`): By the number of an entry, counted through all stacks.
-    """
-
-    __slots__ = ("names",)
-
-    def __init__(self, names: list[str]):
-        super().__init__(_BY_NAME, _BY_NAME)
-        self.names = names
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        _, is_entry, number = source_key.rpartition(_STACK)
-        return (self.names[int(number)], _BY_NAME) if is_entry else (source_key, None)
-
-
-class Exl3Stacks(WeightConverter):
-    """
-    Fills stacks with the tensors of experts, and splits them on saving.
-
-    Args:
-        names (`dict[str, list[str]]`): Tensor name in the model, to those that its entries have in files before upstream's
-            renamings for saving.
-        members (`dict[str, StackMembers]`, *optional*): Tensor name in the model, to where its entries are, for loading.
-    """
-
-    __slots__ = ("names", "members")
-
-    def __init__(self, names: dict[str, list[str]], members: dict[str, StackMembers] | None = None):
-        super().__init__("exl3 stacks", "exl3 stacks", [Exl3AsStored()])
-        self.names, self.members = names, members or {}
-
-    def __deepcopy__(self, memo):
-        return Exl3Stacks(self.names, self.members)  # upstream copies it for each stack
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        _, is_stack, number = source_key.rpartition(_STACK)
-        if not is_stack or not number:
-            return source_key, None
-        return next(islice(self.members, int(number), None)), self.source_patterns[0]
-
-    def was_used(self) -> bool:
-        return True  # what it undoes on saving does not depend on what was loaded
-
-    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
-        ((first,),) = self.collected_tensors.values()
-        self.collected_tensors.clear()
-        loading_info.unexpected_keys -= {key for key in loading_info.unexpected_keys if key.endswith(_STACK)}
-        stored, placeholder = self.members[layer_name].own(), model.get_parameter_or_buffer(layer_name)
-        with log_conversion_errors(layer_name, loading_info, (len(stored), layer_name), self.operations[0]):
-            if is_dtensor(placeholder):
-                return {layer_name: _part_of_stack(stored, placeholder)}
-            # Where something goes to the disk, upstream reads in this thread, and writes contiguous tensors only.
-            is_ordered = placeholder.dim() == 4 and isinstance(first, Future)
-            first = first.result() if isinstance(first, Future) else first()
-            empty = ops.new_trellis if is_ordered and first.device.type == "cpu" else torch.empty
-            stack = empty(placeholder.shape, dtype=stored[0].meta.dtype, device=torch.device("cpu"))
-            read_stack(stored, stack)
-            return {layer_name: stack.to(first.device, first.dtype)}
-
-    def reverse_transform(self) -> "Exl3Unstack":
-        return Exl3Unstack(self.names)
-
-
-def _part_of_stack(stored: list[StoredTensor], placeholder: torch.Tensor) -> torch.Tensor:
-    """This process's part of the stack, for the parameter `placeholder`, of tensors in files."""
-    device, operation = placeholder.device_mesh.device_type, DtensorShardOperation(placeholder)
-    files = {path: safe_open(path, framework="pt") for path in {tensor.file for tensor in stored}}
-    entries = (
-        operation.shard_tensor(
-            files[tensor.file].get_slice(tensor.name), tensor_idx=index, device=device, dtype=placeholder.dtype
-        )
-        for index, tensor in enumerate(stored)
-    )
-    stack, filled = torch.empty(local(placeholder).shape, dtype=placeholder.dtype, device=device), 0
-    for entry in entries:
-        if entry is not None:  # and not with another process
-            stack[filled] = entry
-            filled += 1
-    if filled != len(stack):
-        raise ValueError(f"a part of a stack of {len(stack)} entries got {filled}")
-    return stack
-
-
-class Exl3Unstack(WeightConverter):
-    """
-    Splits stacks into the tensors of experts, by name.
-
-    Args:
-        names (`dict[str, list[str]]`): Tensor name in the model, to those of its entries, in order.
-    """
-
-    __slots__ = ("names",)
-
-    def __init__(self, names: dict[str, list[str]]):
-        super().__init__("exl3 unstack", "exl3 unstack", [Exl3AsStored()])
-        self.names = names
-
-    def __deepcopy__(self, memo):
-        return Exl3Unstack(self.names)
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        return source_key, self.source_patterns[0] if source_key in self.names else None
-
-    def convert(self, layer_name, **kwargs):
-        ((stack,),) = self.collected_tensors.values()
-        names = self.names[layer_name]
-        if len(names) != len(stack):
-            raise ValueError(f"{layer_name} has {len(stack)} entries for {len(names)} experts")
-        return dict(zip(names, self.operations[0].convert({layer_name: stack})[layer_name].unbind()))
-
-
 class Exl3Stored(WeightConverter):
     """
     Does nothing on loading, and on saving keeps quantized tensors, and what would be merged with their weights, from
@@ -350,16 +175,6 @@ def _reversed_converters(weight_conversions: list[WeightTransform]) -> list[Weig
 def _plain_names(modules: dict[str, Exl3Module]) -> list[str]:
     """The names of the float parameters that `modules`, given by path, stand for."""
     return [f"{path}.{name}" for path, m in modules.items() for name, _ in m.plain.named_parameters(recurse=False)]
-
-
-class Exl3AsStored(ConversionOps):
-    """Leaves one tensor under its name, in the dtype that the format has: PEFT casts scales to fp32 for training."""
-
-    def convert(self, input_dict, **kwargs):
-        scales = ("suh", "svh", "signs")
-        return {
-            name: tensor.half() if name.rpartition(".")[2] in scales else tensor for name, tensor in input_dict.items()
-        }
 
 
 def own_part(tensor: torch.Tensor, placeholder: torch.Tensor) -> torch.Tensor:
@@ -557,28 +372,12 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
         for name, (path, layer, leaf) in tensors.items()
         if name not in targets
     }
-    stacks = _stacks(placement, experts)
+    stacks = stacks_of(placement, experts)
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
     stored = Exl3Stored(kept, placement.model, weight_conversions)
     joined = {apply_renamings(name, renamings): [*parts] for name, parts in placement.cut.items()}
     saving = [Exl3Names(names), stacks, stored, Exl3Joined(Exl3Join(joined))]
     return [*spelled, Exl3StackNames(stacks), *converters, *weight_conversions, *saving]
-
-
-def _stacks(placement, experts: dict[str, Exl3Experts]) -> Exl3Stacks:
-    """What fills the stacks of `experts`, given by path."""
-    layers = {layer: name for name, layer in placement.layers.items() if layer[0] in experts}
-    members = {}
-    for path, module in experts.items():
-        for holder, stack in module.stacks():
-            role = holder.partition(".")[0].removeprefix("stacked_")
-            owners = [layers[path, f"{expert}.expert_{role}"] for expert in stack.members]
-            for leaf in stack.stored:
-                stored = [placement.checkpoint.stored[f"{owner}.{leaf}"] for owner in owners]
-                members[f"{path}.{holder}.{leaf}"] = StackMembers(module, [*stack.members], stored)
-    numbers = count()
-    names = {name: [f"{_STACK}{next(numbers)}" for _ in found.stored] for name, found in members.items()}
-    return Exl3Stacks(names, members)
 
 
 def _file_names(placement, is_plain: bool, weight_conversions: list[WeightTransform]) -> Exl3FileNames:

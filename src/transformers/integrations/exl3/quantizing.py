@@ -25,9 +25,10 @@ from ...distributed.utils import is_dtensor
 from . import encoder, finished, format, ops
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts, Exl3StackedLinear
-from .loading import Exl3StackNames, Exl3Stacks, Exl3Stored, own_part
+from .loading import Exl3Stored, own_part
 from .modules import Exl3Linear, Exl3Module, whole
 from .progress import Progress
+from .stacks import Exl3StackNames, Exl3Stacks
 
 
 class Exl3Quantize(ConversionOps):
