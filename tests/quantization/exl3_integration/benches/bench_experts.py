@@ -204,7 +204,7 @@ class Clock:
     @staticmethod
     def used() -> float:
         """Seconds of the processor that this process has used, and those that it waited for: the C++ compiler."""
-        return sum(os.times()[:4])
+        return time.process_time() + sum(os.times()[2:4])
 
     def __str__(self):
         return f"{self.cpu:.2f} s of the processor, {self.wall:.2f} s"
