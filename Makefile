@@ -15,7 +15,7 @@ UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 export USE_HUB_KERNELS ?= 0
 
 .PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export wheel \
-	hub-kernel refresh clean
+	hub-kernels refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
@@ -31,7 +31,7 @@ help:
 	@echo "make refresh                bring the installed package up to date after an edit"
 	@echo "make export CHECKOUT=...    patch a checkout of upstream's in place, EXPORT=full with all that is here"
 	@echo "make wheel                  build a wheel for all Linux systems of this architecture, to dist/"
-	@echo "make hub-kernel             write the compiled kernels as a kernel of the hub's, to build/hub-kernel"
+	@echo "make hub-kernels            write the kernels as the hub takes them, to build/hub-kernels"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Transformers $(UPSTREAM) needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -126,8 +126,8 @@ wheel: $(BIN)/python
 	rm -rf build/wheel && $(BIN)/pip wheel -q --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_24_$$(uname -m) -w dist build/wheel/*.whl
 
-hub-kernel: $(VENV)/.installed
-	@$(BIN)/python utils/patchset --hub-kernel
+hub-kernels: $(VENV)/.installed
+	@$(BIN)/python utils/patchset --hub-kernels
 
 clean:
 	rm -rf build $(VENV)

@@ -2,7 +2,7 @@
 
 python utils/patchset CHECKOUT      patch this tree of upstream's in place, wholly or not at all, with what a pull request has
 python utils/patchset               after an edit: bring build/tree up to date
-python utils/patchset --hub-kernel  the same, and write the compiled kernels as a project for kernel-builder
+python utils/patchset --hub-kernels the same, and write the kernels as projects for kernel-builder
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> int:
         action="store_true",
         help="patch it with all: the compiled kernels and this repository's own tests, too",
     )
-    parser.add_argument("--hub-kernel", action="store_true", help="write the compiled kernels as one of the hub's")
+    parser.add_argument("--hub-kernels", action="store_true", help="write the kernels as the hub takes them")
     arguments = parser.parse_args()
     checkout = arguments.checkout
     try:
@@ -43,8 +43,8 @@ def main() -> int:
                 print("the kernels' sources have changed: compiling")
                 extension.compile_in_place()
             print(f"{REPO / build.TREE} is up to date")
-        if arguments.hub_kernel:
-            print(f"{extension.write_hub_kernel()} is a project for kernel-builder, with a build for this machine")
+        if arguments.hub_kernels:
+            print(f"{extension.write_hub_kernels()} has projects for kernel-builder, with builds for this machine")
     except PatchError as error:
         print(error, file=sys.stderr)
         print("error: nothing was written" if checkout else "error: not up to date", file=sys.stderr)

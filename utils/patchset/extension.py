@@ -12,7 +12,7 @@ from pathlib import Path
 from . import REPO, PatchError, build
 
 
-HUB_KERNEL = Path("build", "hub-kernel")
+HUB_KERNELS = Path("build", "hub-kernels")
 
 
 def definitions(repo: Path = REPO) -> dict:
@@ -50,11 +50,11 @@ def compile_in_place(repo: Path = REPO):
         build.replace(library, lambda new: shutil.copy(built, new))
 
 
-def write_hub_kernel(folder: Path = REPO / HUB_KERNEL, repo: Path = REPO) -> Path:
-    """Write the kernels as a project for kernel-builder, with the library of build/tree as a build for this machine.
+def write_hub_kernels(folder: Path = REPO / HUB_KERNELS, repo: Path = REPO) -> Path:
+    """Write the kernels as projects for kernel-builder, each with a build for this machine, as `kernels` takes it from a folder.
 
     Args:
-        folder: Of the project, which is made anew.
+        folder: Of the projects, which is made anew.
 
     Returns:
         `folder`.
@@ -62,28 +62,60 @@ def write_hub_kernel(folder: Path = REPO / HUB_KERNEL, repo: Path = REPO) -> Pat
     Raises:
         PatchError: If the library has not been compiled.
     """
-    library, kernels = repo / build.TREE / build.LIBRARY, repo / build.LIBRARY.parent
+    library, integration = repo / build.TREE / build.LIBRARY, repo / build.PACKAGE / "integrations" / "exl3"
     if not library.is_file():
         raise PatchError(f"{library} is missing: run `python utils/patchset` once")
-    door, hub = ((kernels / name).read_text("utf-8") for name in ("__init__.py", "hub.py"))
-    version = int(re.search(r"(?m)^ABI_VERSION = (\d+)", door)[1])
-    sources = sorted(path for path in kernels.iterdir() if path.suffix in build.KERNEL_SOURCES)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(Path(__file__).with_name("hub_kernel"), folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "exl3_cpu").mkdir()
-    for source in sources:
-        shutil.copy(source, folder / "exl3_cpu")
-    config = string.Template((folder / "build.toml").read_text("utf-8")).substitute(
-        version=version,
-        repository=re.search(r'(?m)^REPOSITORY = "(.*)"', hub)[1],
-        flags=json.dumps(definitions(repo)["EXL3_COMPILE_FLAGS"]),
-        sources=json.dumps([f"exl3_cpu/{source.name}" for source in sources]),
+    shutil.copytree(Path(__file__).with_name("hub_kernels"), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    kernels = integration / "kernels" / "cpu"
+    sources = [path for path in sorted(kernels.iterdir()) if path.suffix in build.KERNEL_SOURCES]
+    _write_project(
+        folder / "exl3-cpu",
+        _constants(kernels / "__init__.py", repository="HUB_KERNEL", version="ABI_VERSION")
+        | {
+            "flags": json.dumps(definitions(repo)["EXL3_COMPILE_FLAGS"]),
+            "sources": json.dumps([f"exl3_cpu/{source.name}" for source in sources]),
+        },
+        {f"exl3_cpu/{source.name}": source for source in sources},
+        "torch-cpu",
+        [library],
     )
-    (folder / "build.toml").write_text(config, "utf-8")
-    variant = folder / "build" / "torch-cpu"
-    shutil.copytree(folder / "torch-ext" / "exl3_cpu", variant)
-    shutil.copy(library, variant)
-    identity = f"_exl3_cpu_{hashlib.sha256(library.read_bytes()).hexdigest()[:7]}"
-    metadata = {"name": "exl3-cpu", "id": identity, "version": version, "license": "apache-2.0", "python-depends": []}
-    (variant / "metadata.json").write_text(json.dumps(metadata | {"backend": {"type": "cpu"}}), "utf-8")
+    kernels = integration / "kernels" / "triton"
+    sources = [integration / name for name in ("format.py", "hadamard.py", "search.py", "kernels/__init__.py")]
+    sources += [path for path in sorted(kernels.glob("*.py")) if path.name != "gpu.py"]  # which is the door
+    _write_project(
+        folder / "exl3-triton",
+        _constants(kernels / "gpu.py", repository="HUB_KERNEL", version="HUB_VERSION"),
+        {f"torch-ext/exl3_triton/{source.relative_to(integration)}": source for source in sources},
+        "torch-universal",
+    )
     return folder
+
+
+def _constants(file: Path, **names: str) -> dict[str, str]:
+    """The values of names that are assigned once in a module."""
+    text = file.read_text("utf-8")
+    return {key: re.search(rf'(?m)^{name} = "?([^"\s]+)', text)[1] for key, name in names.items()}
+
+
+def _write_project(folder: Path, values: dict[str, str], files: dict[str, Path], variant: str, binaries=()):
+    """Fill in the project in `folder`, and build the variant of it that is its Python files and `binaries`."""
+    config = (folder / "build.toml").read_text("utf-8")
+    (folder / "build.toml").write_text(string.Template(config).substitute(values), "utf-8")
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / name)
+    name, built = folder.name, folder / "build" / variant
+    shutil.copytree(folder / "torch-ext" / name.replace("-", "_"), built)
+    for binary in binaries:
+        shutil.copy(binary, built)
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(built.rglob("*")) if path.is_file()))
+    metadata = {
+        "name": name,
+        "id": f"_{name.replace('-', '_')}_{digest.hexdigest()[:7]}",
+        "version": int(values["version"]),
+        "license": "apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cpu"},
+    }
+    (built / "metadata.json").write_text(json.dumps(metadata), "utf-8")

@@ -45,8 +45,7 @@ if is_torch_available():
     from transformers.integrations import hub_kernels
     from transformers.integrations.exl3 import Exl3Linear, format, hadamard, search
     from transformers.integrations.exl3.experts import Exl3Experts
-    from transformers.integrations.exl3.kernels import cpu
-    from transformers.integrations.exl3.kernels.cpu import hub
+    from transformers.integrations.exl3.kernels import cpu, hub
 
 if is_peft_available():
     from peft import LoraConfig, get_peft_model
@@ -279,9 +278,9 @@ class Exl3ModelTest(unittest.TestCase):
 
 @require_torch
 class Exl3HubKernelTest(unittest.TestCase):
-    """What the kernels for CPUs ask the hub for. The answer is a stand-in."""
+    """How kernels are asked for. The package that answers is a stand-in."""
 
-    def library(self, get_kernel, enabled=True):
+    def load(self, get_kernel, enabled=True):
         package = types.ModuleType("kernels")
         package.get_kernel = get_kernel
         with (
@@ -289,26 +288,22 @@ class Exl3HubKernelTest(unittest.TestCase):
             patch.object(hub, "is_kernels_available", return_value=True),
             patch.object(hub_kernels, "_kernels_enabled", enabled),
         ):
-            return hub.library(7)
+            return hub.load("kernels-community/exl3-cpu", 7, "cpu")
 
-    def test_the_version_is_that_of_the_abi(self):
-        asked = []
-
+    def test_the_version_and_the_backend_are_named(self):
         def get_kernel(repository, **kwargs):
-            asked.append((repository, kwargs["version"], kwargs["backend"], kwargs["trust_remote_code"]))
-            return types.SimpleNamespace(library="lib.so")
+            return repository, kwargs["version"], kwargs["backend"], kwargs["trust_remote_code"]
 
-        self.assertEqual(str(self.library(get_kernel)), "lib.so")
-        self.assertEqual(asked, [("kernels-community/exl3-cpu", 7, "cpu", False)])
+        self.assertEqual(self.load(get_kernel), ("kernels-community/exl3-cpu", 7, "cpu", False))
 
     def test_what_keeps_it_from_being_loaded_is_told(self):
         def get_kernel(repository, **kwargs):
             raise ConnectionError("no network")
 
         with self.assertRaisesRegex(FileNotFoundError, "exl3-cpu cannot be loaded: no network"):
-            self.library(get_kernel)
+            self.load(get_kernel)
         with self.assertRaisesRegex(FileNotFoundError, "USE_HUB_KERNELS"):
-            self.library(get_kernel, enabled=False)
+            self.load(get_kernel, enabled=False)
 
 
 @slow

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 
 from transformers.integrations import hub_kernels
-from transformers.integrations.exl3.kernels import cpu
-from transformers.integrations.exl3.kernels.cpu import hub
+from transformers.integrations.exl3.kernels import cpu, hub
+from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -26,7 +26,8 @@ class HubKernelTest(unittest.TestCase):
     def setUpClass(cls):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
-        cls.folder = extension.write_hub_kernel(Path(folder.name, "kernel"))
+        cls.kernels = extension.write_hub_kernels(Path(folder.name, "kernels"))
+        cls.folder = cls.kernels / "exl3-cpu"
 
     def setUp(self):
         cpu._library.cache_clear()
@@ -35,13 +36,16 @@ class HubKernelTest(unittest.TestCase):
         self.enter(patch.object(hub, "is_kernels_available", return_value=True))
         self.enter(patch.object(hub_kernels, "_kernels_enabled", True))
         self.take_from(self.folder)
+        self.addCleanup(gpu._hub_package.cache_clear)
 
     def enter(self, patcher):
         patcher.start()
         self.addCleanup(patcher.stop)
 
     def take_from(self, folder):
-        self.enter(patch.dict(os.environ, {"LOCAL_KERNELS": f"{hub.REPOSITORY}={folder}"}))
+        folders = {cpu.HUB_KERNEL: folder, gpu.HUB_KERNEL: self.kernels / "exl3-triton"}
+        local = ":".join(f"{name}={path}" for name, path in folders.items())
+        self.enter(patch.dict(os.environ, {"LOCAL_KERNELS": local}))
 
     def test_kernel_builder_reads_the_project(self):
         from kernels._rust import Build
@@ -66,7 +70,7 @@ class HubKernelTest(unittest.TestCase):
             self.assertEqual(Path(cpu._library()._name), cpu.LIBRARY)
 
     def test_another_abi_is_refused(self):
-        with patch.object(cpu, "ABI_VERSION", 1), self.assertRaisesRegex(ImportError, f"needs 1: .*{hub.REPOSITORY}"):
+        with patch.object(cpu, "ABI_VERSION", 1), self.assertRaisesRegex(ImportError, f"needs 1: .*{cpu.HUB_KERNEL}"):
             cpu.is_available()
 
     def test_a_folder_without_a_kernel_is_told_and_the_built_library_used(self):
@@ -75,6 +79,19 @@ class HubKernelTest(unittest.TestCase):
             self.assertTrue(cpu.is_available())
         self.assertIn("Cannot find a build variant", captured.out)
         self.assertEqual(Path(cpu._library()._name), cpu.LIBRARY)
+
+    @unittest.skipUnless(importlib.util.find_spec("triton"), "needs triton")
+    def test_triton_kernels_are_the_same_files(self):
+        from kernels._rust import Build
+
+        Build.open(self.kernels / "exl3-triton")
+        with patch.object(gpu, "_ARE_HERE", False):
+            for name in ("linear", "dequantize", "search", "target"):
+                module = gpu._kernels(name)
+                self.assertTrue(Path(module.__file__).is_relative_to(self.kernels), module.__file__)
+                here = Path(gpu.__file__).with_name(f"{name}.py")
+                self.assertEqual(Path(module.__file__).read_bytes(), here.read_bytes())
+            self.assertTrue(gpu._kernels("linear").row_tiles(gpu._kernels("target").Target("cuda", "sm_80", 108)))
 
     def test_without_any_library_the_reasons_are_told(self):
         logger = logging.get_logger(cpu.__name__)

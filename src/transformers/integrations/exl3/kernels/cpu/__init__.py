@@ -14,7 +14,7 @@
 """
 The door to the compiled CPU kernels of `cpu.cpp`, a plain C library that is loaded with ctypes.
 
-It is the hub's where `hub` finds it there, or stands in this folder where `setup.py` has compiled it. Where both are missing,
+It is the hub's where that is to be had, or stands in this folder where `setup.py` has compiled it. Where both are missing,
 `is_available()` says so once and everything runs on the torch reference.
 What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512vnni`, `avx512`, `avx2` or
 `base`) forces an instruction set, otherwise the best that the machine has is taken. Results are the same bytes on all of
@@ -36,13 +36,14 @@ import torch
 from .....utils import logging
 from ... import format
 from ... import search as trellis_search
-from . import hub
+from .. import hub
 
 
 logger = logging.get_logger(__name__)
 
 LIBRARY = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
 ABI_VERSION = 5  # as in cpu.cpp
+HUB_KERNEL = "kernels-community/exl3-cpu"  # whose versions are those of the ABI
 
 _STATUS = {
     1: "it knows no such rate",
@@ -77,7 +78,7 @@ _SIGNATURES = {
 @lru_cache
 def _library() -> ctypes.CDLL | None:
     try:
-        path = hub.library(ABI_VERSION)
+        path = Path(hub.load(HUB_KERNEL, ABI_VERSION, "cpu").library)
     except FileNotFoundError as error:
         path, reason = LIBRARY, error
     if not path.is_file():
@@ -93,7 +94,7 @@ def _library() -> ctypes.CDLL | None:
             + (
                 "install it again from source to compile them anew"
                 if path == LIBRARY
-                else f"update transformers or the kernel {hub.REPOSITORY}, or do without it with USE_HUB_KERNELS=0"
+                else f"update transformers or the kernel {HUB_KERNEL}, or do without it with USE_HUB_KERNELS=0"
             )
         )
     library.exl3_isa.restype = ctypes.c_char_p

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The door to the Triton kernels beside this file, for NVIDIA's, AMD's and Intel's GPUs.
+The door to the Triton kernels, for NVIDIA's, AMD's and Intel's GPUs: those beside this file or, where there are none, the hub's.
 
 Where Triton is missing or does not work, `is_available()` says so once and everything runs on the torch reference. Before
 the kernels are used on a device, a small product is computed there and compared with the reference, and before tiles are
@@ -20,6 +20,9 @@ searched there, two of them. What is passed to the kernels is checked here.
 """
 
 from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -27,12 +30,26 @@ from .....utils import logging
 from ... import format
 from ... import search as trellis_search
 from ...hadamard import hadamard
+from .. import hub
 
 
 logger = logging.get_logger(__name__)
 
 DEVICE_TYPES = ("cuda", "xpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HUB_KERNEL = "kernels-community/exl3-triton"
+HUB_VERSION = 1  # raised with every change of what is called here
+_ARE_HERE = Path(__file__).with_name("linear.py").is_file()
+
+
+def _kernels(name: str) -> ModuleType:
+    """The module of this name among the kernels. Raises `ImportError` without Triton and `FileNotFoundError` without them."""
+    return import_module(f"{__package__ if _ARE_HERE else _hub_package()}.{name}")
+
+
+@lru_cache
+def _hub_package() -> str:
+    return f"{hub.load(HUB_KERNEL, HUB_VERSION).__name__}.kernels.triton"
 
 
 def is_available(device: torch.device) -> bool:
@@ -51,10 +68,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def has_grouped_linear(device: torch.device) -> bool:
     """Whether `device`, on which the kernels work, has the matrix instructions that `grouped_linear` needs."""
-    from .linear import row_tiles
-    from .target import target_of
-
-    return bool(row_tiles(target_of(device)))
+    return bool(_kernels("linear").row_tiles(_kernels("target").target_of(device)))
 
 
 @lru_cache
@@ -65,7 +79,10 @@ def _warn(reason: str):
 @lru_cache
 def _imports() -> bool:
     try:
-        from . import linear  # noqa: F401
+        _kernels("linear")
+    except FileNotFoundError as error:
+        _warn(f"the kernels are on the hub, and {error}")
+        return False
     except ImportError as error:
         _warn(
             f"Triton cannot be imported ({error}). Install the one that belongs to this PyTorch (`pip install triton`)."
@@ -116,16 +133,14 @@ def linear(
         ValueError: For activations of another dtype than float32, float16 and bfloat16, for tensors on different devices,
             and for an unknown codebook.
     """
-    from .linear import linear as triton_linear
-    from .target import on, target_of
-
+    target = _kernels("target")
     _check_dtype("activations", x.dtype)
     _check_codebook(codebook)
     check_devices(x, trellis, suh, svh, bias)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    with on(x.device):
-        y = triton_linear(
+    with target.on(x.device):
+        y = _kernels("linear").linear(
             rows,
             trellis,
             suh.contiguous(),
@@ -133,7 +148,7 @@ def linear(
             None if bias is None else bias.contiguous(),
             codebook,
             out_features,
-            target_of(x.device),
+            target.target_of(x.device),
         )
     return y.view(*x.shape[:-1], out_features)
 
@@ -155,9 +170,7 @@ def grouped_linear(
     Raises:
         ValueError: As `linear`.
     """
-    from .linear import grouped_linear as triton_grouped_linear
-    from .target import on, target_of
-
+    target = _kernels("target")
     _check_dtype("activations", x.dtype)
     _check_codebook(codebook)
     check_devices(x, ranges, trellis, suh, svh, bias)
@@ -168,31 +181,29 @@ def grouped_linear(
         tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, suh, svh, bias)
     )
     ranges = ranges.to(torch.int32).contiguous()
-    with on(x.device):
-        triton_grouped_linear(x, ranges, trellis, *scales, codebook, y, target_of(x.device))
+    with target.on(x.device):
+        _kernels("linear").grouped_linear(x, ranges, trellis, *scales, codebook, y, target.target_of(x.device))
     return y
 
 
 def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
     """The same as `format.decode(trellis, codebook).to(dtype)`, to the byte. Raises `ValueError` as `linear` does."""
-    from .dequantize import decode as triton_decode
-    from .target import on, target_of
-
+    target = _kernels("target")
     _check_dtype("an inner matrix", dtype)
     _check_codebook(codebook)
-    with on(trellis.device):
-        return triton_decode(trellis, codebook, dtype, target_of(trellis.device).ptx)
+    with target.on(trellis.device):
+        return _kernels("dequantize").decode(trellis, codebook, dtype, target.target_of(trellis.device).ptx)
 
 
 def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str, weight: torch.Tensor):
     """The operator `exl3::dequantize`, into `weight`, fp32 `[out, in]`. Raises `ValueError` as `linear` does."""
-    from .dequantize import dequantize as triton_dequantize
-    from .target import on, target_of
-
+    target = _kernels("target")
     _check_codebook(codebook)
     check_devices(weight, trellis, suh, svh)
-    with on(trellis.device):
-        triton_dequantize(trellis, suh.contiguous(), svh.contiguous(), codebook, weight, target_of(trellis.device).ptx)
+    with target.on(trellis.device):
+        _kernels("dequantize").dequantize(
+            trellis, suh.contiguous(), svh.contiguous(), codebook, weight, target.target_of(trellis.device).ptx
+        )
 
 
 @lru_cache
@@ -217,16 +228,14 @@ def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "defau
         ValueError: For tiles of another dtype or shape or with values that are not finite, and for an unknown rate,
             codebook or effort.
     """
-    from .search import kernel
-    from .target import on, target_of
-
+    target, kernel = _kernels("target"), _kernels("search").kernel
     if tiles.dtype is not torch.float32 or tiles.shape[1:] != (format.TILE_SIZE,):
         raise ValueError(f"tiles must be float32 [n, 256], not {tiles.dtype} {list(tiles.shape)}")
     if not torch.isfinite(tiles).all():
         raise ValueError("tiles must be finite")
-    with on(tiles.device):
+    with target.on(tiles.device):
         return trellis_search.search(
-            tiles, bits, codebook, effort, lambda *arguments: kernel(*arguments, target_of(tiles.device))
+            tiles, bits, codebook, effort, lambda *arguments: kernel(*arguments, target.target_of(tiles.device))
         )
 
 
