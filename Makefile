@@ -14,8 +14,8 @@ UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 # The kernels that are tested are those that were compiled here.
 export USE_HUB_KERNELS ?= 0
 
-.PHONY: help test test-slow conformance sanitize fuzz check-upstreams watch-upstream demo lint style export wheel \
-	hub-kernels refresh clean
+.PHONY: help test test-slow conformance sanitize fuzz aarch64 check-upstreams watch-upstream demo lint style export \
+	wheel hub-kernels refresh clean
 
 help:
 	@echo "make test                   run the fast tests"
@@ -23,6 +23,7 @@ help:
 	@echo "make conformance            hold checkpoints of all architectures against exllamav3's own code"
 	@echo "make sanitize               test the compiled kernels under the sanitizers"
 	@echo "make fuzz [SECONDS=...]     call them with random arguments, under the sanitizers"
+	@echo "make aarch64                test them compiled for ARM, in an emulator"
 	@echo "make check-upstreams        check that the edits fit the releases that they should fit"
 	@echo "make watch-upstream         name what upstream's newest release changes in what is touched here"
 	@echo "make demo [MODEL=...] [ARGS=...]  run the demo, with options such as --bits 3"
@@ -90,6 +91,19 @@ SECONDS ?= 60
 SEED ?= 0
 fuzz: build/sanitized
 	$(SANITIZED) tests.quantization.exl3_integration.fuzz_kernels $(SECONDS) $(SEED)
+
+# Debian's and Ubuntu's packages qemu-user and g++-aarch64-linux-gnu. Each processor has to choose the set of instructions that
+# comes first.
+CROSS_CXX ?= aarch64-linux-gnu-g++
+CROSS = tests/quantization/exl3_integration/cross
+aarch64: refresh
+	mkdir -p build/aarch64
+	$(BIN)/python $(CROSS)/write_cases.py build/aarch64/cases
+	$(CROSS_CXX) -O3 -std=c++17 -ffp-contract=off -fno-math-errno -Wall -pthread -static -I$(KERNELS) \
+		$(CROSS)/check_cases.cpp -o build/aarch64/check_cases
+	qemu-aarch64 -cpu max build/aarch64/check_cases build/aarch64/cases i8mm dotprod base
+	qemu-aarch64 -cpu neoverse-n1 build/aarch64/check_cases build/aarch64/cases dotprod
+	qemu-aarch64 -cpu cortex-a53 build/aarch64/check_cases build/aarch64/cases base
 
 check-upstreams: $(VENV)/.installed
 	RUN_SLOW=1 $(BIN)/python -m pytest -q utils/patchset/tests/test_upstreams.py

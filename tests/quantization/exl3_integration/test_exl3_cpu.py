@@ -40,13 +40,20 @@ if is_torch_available():
     from .synthetic import random_linear
 
 
-ISAS = ("avx512vnni", "avx512", "avx2", "base")
+VECTORS = ("avx512vnni", "avx512", "avx2", "base")  # with kernels of their own
+ISAS = (
+    *VECTORS,
+    "avx512vlvnni",
+    "avxvnni",
+    "i8mm",
+    "dotprod",
+)  # those with products of one and two rows of their own, too
 RATES = [
     (isa, bits, codebook)
     for isa in ISAS
     for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
     for codebook in ("3inst", "mcg", "mul1")
-    if bits == int(bits) or codebook == "mul1"
+    if codebook == "mul1" or (bits == int(bits) and isa in VECTORS)
 ]
 DTYPES = ("float32", "float16", "bfloat16")
 # Relative RMS errors: of fp32 sums, and of what 16-bit inputs and results are rounded to.
@@ -353,7 +360,7 @@ class Exl3OtherKernelsTest(KernelTest):
         with self.assertRaisesRegex(ValueError, "contiguous rows of float32, float16 or bfloat16"):
             cpu.decode(torch.zeros(8, 8, 64).short(), "mul1", torch.float64)
 
-    @parameterized.expand(itertools.product(ISAS, DTYPES, DTYPES))
+    @parameterized.expand(itertools.product(VECTORS, DTYPES, DTYPES))
     def test_rotating(self, isa, source, target):
         self.force(isa)
         x = torch.randn(5, 200).to(getattr(torch, source))
@@ -385,7 +392,7 @@ class Exl3OtherKernelsTest(KernelTest):
         with self.assertRaises(ValueError):
             cpu.rotate(x, bias=torch.randn(100), out=torch.empty(5, 130))
 
-    @parameterized.expand(ISAS)
+    @parameterized.expand(VECTORS)
     def test_conversions_of_every_half(self, isa):
         """Scales of all 65 536 bit patterns, and results that fall between two numbers of 16 bits."""
         self.force(isa)

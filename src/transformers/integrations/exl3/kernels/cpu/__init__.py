@@ -16,9 +16,10 @@ The door to the compiled CPU kernels of `cpu.cpp`, a plain C library that is loa
 
 It is the hub's where that is to be had, or stands in this folder where `setup.py` has compiled it. Where both are missing,
 `is_available()` says so once and everything runs on the torch reference.
-What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` (`avx512vnni`, `avx512`, `avx2` or
-`base`) forces an instruction set, otherwise the best that the machine has is taken. Results are the same bytes on all of
-them, and on any number of threads: `torch.get_num_threads()` are used, those of torch's own OpenMP library where it has one.
+What is passed to the library is checked here. The environment variable `EXL3_CPU_ISA` forces an instruction set, otherwise the
+best that the machine has is taken: `avx512vnni` (with VBMI), `avx512vlvnni` (without), `avx512`, `avxvnni`, `avx2`, on aarch64
+`i8mm` or `dotprod`, and everywhere `base`. Results are the same bytes on all of them, and on any number of threads:
+`torch.get_num_threads()` are used, those of torch's own OpenMP library where it has one.
 
 Activations of 16 bits are rounded to whole numbers after their rotation. For one or two rows and the mul1 codebook these have 8
 bits at rates up to 5 bits per weight, otherwise 16; `EXL3_CPU_INPUT_BITS` (`8` or `16`) decides for all rates. `reference.py`
@@ -117,7 +118,7 @@ def is_available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: `avx512vnni`, `avx512`, `avx2` or `base`, which every machine of the architecture has."""
+    """The instruction set in use, as `EXL3_CPU_ISA` would name it; every machine of the architecture has `base`."""
     name = _loaded().exl3_isa()
     if name is None:
         raise ValueError(f"EXL3_CPU_ISA={os.environ.get('EXL3_CPU_ISA')}: {_STATUS[3]}")

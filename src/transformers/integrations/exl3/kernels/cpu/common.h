@@ -105,6 +105,14 @@ void for_each_index(int64_t count, int threads, const Work& work) {
   for (auto& other : others) other.join();
 }
 
+// Has the cache fetch bytes that may lie beyond the end of the memory, where nothing happens.
+template <int BYTES>
+inline void prefetch(const int16_t* from) {
+#if defined(__GNUC__)
+  for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+#endif
+}
+
 template <typename To, typename From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "of the same size");
@@ -215,6 +223,8 @@ constexpr CodeUnits UNITS[NUM_CODEBOOKS] = {
 // Rows up to which each product of a mul1 weight is added up for itself ("fused"), and rates up to which their inputs then
 // have 8 bits instead of 16. The error of 8 bits is 0.65 % of the output's RMS, that of coding 3.2 % at 5 bits and 1.7 % at 6.
 constexpr int FUSED_ROWS = 2, BYTE_INPUTS_TWICE_BITS = 2 * 5;
+constexpr int FUSED_COLUMNS = 4;  // of tiles, that they take at a time: as fast as one at 2 bits, 1.1 times at 4 bits
+constexpr int FUSED_AHEAD = 12;   // tiles of each that are fetched ahead
 constexpr int LARGEST_BYTE = 127, LARGEST_TWO_BYTES = 127 * 256 + 127;  // whose two bytes are signed numbers each
 
 // The bits that EXL3_CPU_INPUT_BITS asks for: 8, 16, or 0 where it is not set; -1 for anything else.
@@ -223,6 +233,32 @@ int input_bits_wanted() {
   if (!wanted || !*wanted) return 0;
   return !std::strcmp(wanted, "8") ? 8 : !std::strcmp(wanted, "16") ? 16 : -1;
 }
+
+// Byte `part` of `parts` of a whole input, a signed number: that of all but the lowest bits first where there are two.
+inline int8_t byte_of(int16_t whole, int part, int parts) {
+  int8_t low = int8_t(whole);
+  return parts == 2 && part == 0 ? int8_t((whole - low) / 256) : low;
+}
+inline int32_t four_bytes(int8_t byte) { return int32_t(uint8_t(byte) * 0x01010101u); }
+
+// Some columns of tiles times whole inputs.
+struct FusedCall {
+  const int16_t* column;                           // the first tile
+  int64_t row_stride, column_stride;               // in words
+  int64_t blocks;                                  // of the input
+  const int32_t* inputs;                           // [rows, blocks]: what `Fused::arrange` makes of a block
+  const int32_t* totals;                           // [rows, blocks, parts]: sums of the inputs' bytes
+  const float* scales;                             // [rows, blocks]
+  float* sums[FUSED_ROWS];                         // each [16 FUSED_COLUMNS]
+};
+using FusedProduct = void (*)(const FusedCall&);
+
+// How an instruction set multiplies one or two rows by a mul1 weight while it decodes it.
+struct Fused {
+  FusedProduct (*product)(int twice_bits, int rows, int parts);    // for inputs of so many bytes ("parts")
+  void (*arrange)(const int16_t* whole, int parts, int32_t* to);  // the 128 inputs of a block as the product reads them,
+  int sizes[2];                                                   // of so many dwords for each tile: of one and of two parts
+};
 
 constexpr uint32_t MULTIPLIERS[NUM_CODEBOOKS] = {89226354, 0xCBAC1FED, 0x83DCD12D};  // as in format.py
 constexpr uint32_t THREE_INST_ADDEND = 64248484;

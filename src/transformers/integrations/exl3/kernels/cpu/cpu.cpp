@@ -28,12 +28,21 @@
 
 #if defined(EXL3_VECTORS) && defined(__x86_64__)
 #define EXL3_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own headers of AVX-512 give it
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own headers of AVX-512 give both
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #endif
 
+#if defined(EXL3_VECTORS) && defined(__aarch64__) && !defined(__AARCH64EB__)
+#define EXL3_ARM 1
+#include <arm_neon.h>
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -95,6 +104,16 @@ inline Cost squared_difference(int16_t value, int16_t weight) {
   return Cost(sizeof(Cost) == 2 || square < 255 ? square : 255);
 }
 
+// Compiles what follows, up to EXL3_END_TARGET, for the instructions that a string names.
+#define EXL3_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define EXL3_TARGET(names) EXL3_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define EXL3_END_TARGET _Pragma("clang attribute pop")
+#else
+#define EXL3_TARGET(names) _Pragma("GCC push_options") EXL3_PRAGMA(GCC target(names))
+#define EXL3_END_TARGET _Pragma("GCC pop_options")
+#endif
+
 namespace base {
 #if defined(EXL3_VECTORS)
 #define EXL3_LANES 4
@@ -109,12 +128,11 @@ namespace base {
 }  // namespace base
 
 #if defined(EXL3_X86)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-#endif
+#define EXL3_DOT_NONE 0
+#define EXL3_DOT_VEX 1
+#define EXL3_DOT_EVEX 2
+
+EXL3_TARGET("avx2,f16c")
 namespace avx2 {
 #define EXL3_LANES 8
 #define EXL3_VNNI 0
@@ -124,17 +142,25 @@ namespace avx2 {
 #undef EXL3_LANES
 #undef EXL3_VNNI
 }  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
+namespace fused_avx2 {
+#define EXL3_DOT EXL3_DOT_NONE
+#include "fused_avx2.h"
+#undef EXL3_DOT
+}  // namespace fused_avx2
+EXL3_END_TARGET
+
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define EXL3_AVX_VNNI 1
+EXL3_TARGET("avx2,avxvnni")
+namespace fused_avxvnni {
+#define EXL3_DOT EXL3_DOT_VEX
+#include "fused_avx2.h"
+#undef EXL3_DOT
+}  // namespace fused_avxvnni
+EXL3_END_TARGET
 #endif
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#endif
+
+EXL3_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
 #define EXL3_LANES 16
 #define EXL3_VNNI 0
@@ -144,66 +170,117 @@ namespace avx512 {
 #undef EXL3_LANES
 #undef EXL3_VNNI
 }  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
-#endif
+EXL3_END_TARGET
+
+EXL3_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace fused_avx512vlvnni {
+#define EXL3_DOT EXL3_DOT_EVEX
+#include "fused_avx2.h"
+#undef EXL3_DOT
+}  // namespace fused_avx512vlvnni
+EXL3_END_TARGET
+
+EXL3_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 namespace avx512vnni {
 #define EXL3_LANES 16
 #define EXL3_VNNI 1
 #include "vectors_avx512.h"
 #include "codes.h"
 #include "kernels.h"
+#include "fused_avx512.h"
 #undef EXL3_LANES
 #undef EXL3_VNNI
 }  // namespace avx512vnni
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
+EXL3_END_TARGET
 #endif
+
+#if defined(EXL3_ARM) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
+#define EXL3_ARM_DOT 1
+EXL3_TARGET("arch=armv8.2-a+dotprod")
+namespace fused_dotprod {
+#define EXL3_I8MM 0
+#include "fused_neon.h"
+#undef EXL3_I8MM
+}  // namespace fused_dotprod
+EXL3_END_TARGET
+
+EXL3_TARGET("arch=armv8.2-a+dotprod+i8mm")
+namespace fused_i8mm {
+#define EXL3_I8MM 1
+#include "fused_neon.h"
+#undef EXL3_I8MM
+}  // namespace fused_i8mm
+EXL3_END_TARGET
 #endif
 
 // One instruction set's kernels.
 struct Isa {
   const char* name;
   void (*search)(const SearchJob&, int twice_bits, int threads);
-  void (*multiply)(const LinearCall*, int64_t count, int threads);
+  void (*multiply)(const LinearCall*, int64_t count, int threads, const Fused*);
   void (*rotate)(const RotateCall&, int threads);
   void (*decode)(const DecodeCall&, int threads);
   void (*dequantize)(const DecodeCall&, int threads);
+  const Fused* fused;  // null for none
 };
 
-#define EXL3_ISA(name) {#name, name::search, name::multiply, name::rotate_rows, name::decode_all, name::dequantize_all}
+#define EXL3_ISA(name, kernels, fused) \
+  {name, kernels::search, kernels::multiply, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, fused}
+
+#if defined(EXL3_ARM_DOT)
+// Whether this machine has what macOS calls `name`, and Linux a bit of its first or second word of capabilities.
+bool has_arm([[maybe_unused]] const char* name, [[maybe_unused]] bool is_second, [[maybe_unused]] unsigned long bit) {
+#if defined(__APPLE__)
+  int there = 0;
+  size_t size = sizeof there;
+  return !sysctlbyname(name, &there, &size, nullptr, 0) && there;
+#elif defined(__linux__)
+  return (getauxval(is_second ? AT_HWCAP2 : AT_HWCAP) & bit) != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool has(const char* name) {
+  auto is = [&](const char* other) { return !std::strcmp(name, other); };
 #if defined(EXL3_X86)
-  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!std::strcmp(name, "avx512vnni"))
-    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-  if (!std::strcmp(name, "avx512")) return avx512;
-  if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  unsigned eax = 0, ebx, ecx, edx;
+  constexpr unsigned AVX_VNNI = 1 << 4;  // of leaf 7, part 1, in eax
+  if (is("avx512vnni")) return vnni && __builtin_cpu_supports("avx512vbmi");
+  if (is("avx512vlvnni")) return vnni;
+  if (is("avx512")) return avx512;
+  if (is("avxvnni")) return avx2 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & AVX_VNNI;
+  if (is("avx2")) return avx2;
+#elif defined(EXL3_ARM_DOT)
+  constexpr unsigned long DOTPROD = 1 << 20, I8MM = 1 << 13;  // Linux's HWCAP_ASIMDDP and HWCAP2_I8MM
+  bool dotprod = has_arm("hw.optional.arm.FEAT_DotProd", false, DOTPROD);
+  if (is("i8mm")) return dotprod && has_arm("hw.optional.arm.FEAT_I8MM", true, I8MM);
+  if (is("dotprod")) return dotprod;
 #endif
-  return !std::strcmp(name, "base");
+  return is("base");
 }
 
 // The best that this machine has, or the one that EXL3_CPU_ISA names; null where that is none of this machine's.
 const Isa* isa() {
   static const Isa isas[] = {
 #if defined(EXL3_X86)
-      EXL3_ISA(avx512vnni),
-      EXL3_ISA(avx512),
-      EXL3_ISA(avx2),
+      EXL3_ISA("avx512vnni", avx512vnni, &avx512vnni::FUSED),
+      EXL3_ISA("avx512vlvnni", avx512, &fused_avx512vlvnni::FUSED),
+      EXL3_ISA("avx512", avx512, &fused_avx2::FUSED),
+#if defined(EXL3_AVX_VNNI)
+      EXL3_ISA("avxvnni", avx2, &fused_avxvnni::FUSED),
 #endif
-      EXL3_ISA(base),
+      EXL3_ISA("avx2", avx2, &fused_avx2::FUSED),
+#elif defined(EXL3_ARM_DOT)
+      EXL3_ISA("i8mm", base, &fused_i8mm::FUSED),
+      EXL3_ISA("dotprod", base, &fused_dotprod::FUSED),
+#endif
+      EXL3_ISA("base", base, nullptr),
   };
   const char* wanted = std::getenv("EXL3_CPU_ISA");
   for (const Isa& candidate : isas)
@@ -260,7 +337,7 @@ EXPORT int32_t exl3_linear(const LinearCall* calls, int64_t count, int32_t threa
   for (int64_t i = 0; i < count; ++i)
     if (rate_index(calls[i].trellis.twice_bits) < 0) return NO_SUCH_RATE;
   if (input_bits_wanted() < 0) return NO_SUCH_INPUT_BITS;
-  return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads); });
+  return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads, isa.fused); });
 }
 
 // `ops.grouped_linear` for the groups of at most `most` rows.
@@ -286,7 +363,7 @@ EXPORT int32_t exl3_grouped_linear(const GroupedCall* call, int32_t threads) {
       one.trellis.data += group * call->trellis;
       calls.push_back(one);
     }
-    isa.multiply(calls.data(), int64_t(calls.size()), threads);
+    isa.multiply(calls.data(), int64_t(calls.size()), threads, isa.fused);
     return OK;
   });
 }

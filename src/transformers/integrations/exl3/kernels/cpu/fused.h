@@ -12,163 +12,189 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// One or two rows and a mul1 weight, with AVX-512 VNNI and VBMI: the bytes of a product with the codebook's multiplier are
-// added up and multiplied by the input in one instruction, so that no code is ever stored.
+// One or two rows and a mul1 weight on vectors of 128 or 256 bits: the bytes of a product with the codebook's multiplier are
+// added up and multiplied by the input at once, so that no code is ever stored. cpu.cpp includes this file in the namespace of
+// each instruction set that has `Operations` (fused_avx2.h, fused_neon.h); fused_avx512.h is for longer vectors.
 //
-// Lanes 2 l and 2 l + 1 of a vector are columns l and l + 8 of a tile, whose codes follow each other in the stream, four of a
-// column at a time. For each four, in 16 columns:
-//     vpermb / vpermi2b    the 32 bits of the stream that end where the last of the four ends ("window")
-//   and for each of the four, all of one row of the weight:
-//     vpsrld / vpsrlvd     its state, which is the last 16 bits of the stream up to its end,
-//     vpandd               without what stands above,
-//     vpmulld              times the multiplier,
-//     vpdpbusd             the sum of its bytes times the input's byte, which is in all four places of a dword.
-// On Zen 4 the multishift that `vectors_avx512.h` cuts states out with shares a pipe with the products, shifts do not.
-
-constexpr int FUSED_AHEAD = 12;   // tiles of each that are fetched ahead
+// A tile is read in the order of its stream, 16 codes in a row ("group") to 128 bits of a vector, of which dword d holds
+// codes 4 d to 4 d + 3. One byte shuffle gives each dword the 32 bits of the stream that end where the last of its four codes
+// ends ("window"); above 5 bits per weight windows have two codes each. A state is a window, shifted and masked.
+// Groups 2 p and 2 p + 1 are columns p (even dwords) and p + 8 (odd ones): they share a sum, whose dwords are added up at the
+// end of a block.
 
 template <int RATE>
 struct Windows {
-  static constexpr int BYTES = 16 * RATE, STEPS = 16;  // of a tile, and states of a lane in it
+  static constexpr int GROUPS = 16, DWORDS = 4 * RATE;  // of a tile
 
-  static constexpr int code(int step, int lane) { return lane / 2 * 32 + step / 4 * 8 + lane % 2 * 4 + step % 4; }
   static constexpr int end(int code) { return RATE * (code + 1) / 2; }  // in bits of the stream
+  static constexpr int last(int code, int states) { return code / states * states + states - 1; }
+  static constexpr int shift(int code, int states) { return (end(last(code, states)) + 7) / 8 * 8 - end(code); }
 
-  // Whether four states always fit into 32 bits whose end is a byte's; if not, windows have two.
+  // Whether four states always fit into 32 bits whose end is a byte's.
   static constexpr bool has_four() {
-    for (int lane = 0; lane < 16; ++lane)
-      for (int step = 0; step < STEPS; ++step)
-        if (shift(step, lane, 4) > 16) return false;
+    for (int code = 0; code < TILE; ++code)
+      if (shift(code, 4) > 16) return false;
     return true;
   }
-  static constexpr int last(int step, int states) { return step / states * states + states - 1; }
-  static constexpr int shift(int step, int lane, int states) {
-    return (end(code(last(step, states), lane)) + 7) / 8 * 8 - end(code(step, lane));
-  }
 
-  int states;                                    // in a window
-  alignas(64) uint8_t bytes[STEPS / 2][64] = {};  // of a tile, for each window
-  uint64_t is_upper[STEPS / 2] = {};             // which of them are behind the first 128
-  alignas(64) uint32_t shifts[STEPS][16] = {};
-  bool is_uniform[STEPS] = {};  // whether all lanes shift alike
+  // A group is cut out of two loads of four dwords each. These are where they start; -1 is the last dword of the tile.
+  static constexpr int first(int group) {
+    int dword = (RATE * group + 2) / 4 - 1;
+    return dword < DWORDS - 4 ? dword : DWORDS - 4;
+  }
+  static constexpr int second(int group) { return first(group) + 4 < DWORDS - 4 ? first(group) + 4 : DWORDS - 4; }
+
+  static constexpr int NOTHING = 0x80;  // gives zeros, for bits that a mask takes away
+
+  int states;                                         // in a window
+  bool needs_second = false, is_uniform[4] = {};      // whether all dwords shift alike, at each of their codes
+  alignas(32) uint8_t places[2][GROUPS][16] = {};     // of a window's bytes in the first load,
+  alignas(32) uint8_t more_places[2][GROUPS][16] = {};  // and in the second
+  alignas(32) uint32_t shifts[4][8] = {};             // for two groups, which are alike
 
   constexpr Windows() : states(has_four() ? 4 : 2) {
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < 4; ++step) {
       is_uniform[step] = true;
-      for (int lane = 0; lane < 16; ++lane) {
-        shifts[step][lane] = uint32_t(shift(step, lane, states));
-        is_uniform[step] = is_uniform[step] && shifts[step][lane] == shifts[step][0];
-        int behind = (end(code(last(step, states), lane)) + 7) / 8, window = step / states;
-        for (int i = 0; i < 4; ++i) {
-          int byte = (behind - 1 - i + BYTES) % BYTES, place = byte / 4 * 4 + 3 - byte % 4;
-          bytes[window][4 * lane + i] = uint8_t(place);
-          if (place >= 128) is_upper[window] |= uint64_t(1) << (4 * lane + i);
-        }
+      for (int dword = 0; dword < 8; ++dword) {
+        shifts[step][dword] = uint32_t(shift(4 * (dword % 4) + step, states));
+        is_uniform[step] = is_uniform[step] && shifts[step][dword] == shifts[step][0];
       }
     }
+    for (int window = 0; window < 4 / states; ++window)
+      for (int group = 0; group < GROUPS; ++group)
+        for (int i = 0; i < 16; ++i) place(window, group, i);
+  }
+
+  constexpr void place(int window, int group, int i) {
+    int behind = (end(TILE * group + i / 4 * 4 + window * states + states - 1) + 7) / 8;
+    int byte = behind - 1 - i % 4, dword = (byte + 4) / 4 - 1, at = 3 - (byte + 4) % 4;
+    bool is_first = dword >= first(group) && dword < first(group) + 4;
+    bool is_second = !is_first && dword >= second(group) && dword < second(group) + 4;
+    places[window][group][i] = uint8_t(is_first ? 4 * (dword - first(group)) + at : NOTHING);
+    more_places[window][group][i] = uint8_t(is_second ? 4 * (dword - second(group)) + at : NOTHING);
+    needs_second = needs_second || is_second;
   }
 };
 template <int RATE>
 constexpr Windows<RATE> WINDOWS{};
 
-// 64 bytes of a tile, or as many as it has.
-template <int RATE, int PART>
-static inline Words tile_part(const int16_t* tile) {
-  constexpr int LEFT = Windows<RATE>::BYTES - 64 * PART;
-  const int16_t* from = tile + 32 * PART;
-  if constexpr (LEFT >= 64) return _mm512_loadu_si512(from);
-  if constexpr (LEFT == 48) return _mm512_maskz_loadu_epi32(0xFFF, from);
-  if constexpr (LEFT == 32) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  if constexpr (LEFT == 16) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+using Vector = Operations::Vector;
+using Sums = Operations::Sums;
+constexpr int HALVES = 2 / Operations::GROUPS;  // vectors that hold the two groups of a pair of columns
+constexpr int PAIRS = 4;                        // of columns, at a time
+constexpr int INPUTS = 32;                      // dwords of the inputs of a tile: [codes of a dword][8 dwords]
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Whole __attribute__((vector_size(16)));
+
+template <int RATE, int GROUP>
+static inline Operations::Piece piece(const int16_t* tile) {
+  constexpr int FIRST = Windows<RATE>::first(GROUP);
+  if constexpr (FIRST < 0) return Operations::piece_behind(tile + 8 * RATE - 2, tile);
+  else return Operations::piece(tile + 2 * FIRST);
 }
 
-template <int RATE, int WINDOW>
-static inline Words window(const int16_t* tile) {
+template <int RATE, int VECTOR, int WINDOW>
+static inline Vector window(const int16_t* tile) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
-  Words places = load(all.bytes[WINDOW]), first = tile_part<RATE, 0>(tile);
-  if constexpr (all.BYTES <= 64) return _mm512_permutexvar_epi8(places, first);
-  else {
-    Words lower = _mm512_permutex2var_epi8(first, places, tile_part<RATE, 1>(tile));
-    if constexpr (all.BYTES <= 128) return lower;
-    else if constexpr (all.BYTES <= 192)
-      return _mm512_mask_permutexvar_epi8(lower, all.is_upper[WINDOW], places, tile_part<RATE, 2>(tile));
-    else
-      return _mm512_mask_mov_epi8(lower, all.is_upper[WINDOW],
-                                  _mm512_permutex2var_epi8(tile_part<RATE, 2>(tile), places, tile_part<RATE, 3>(tile)));
-  }
+  constexpr int GROUP = VECTOR * Operations::GROUPS, LAST = GROUP + Operations::GROUPS - 1;
+  Vector raw = Operations::join(piece<RATE, GROUP>(tile), piece<RATE, LAST>(tile));
+  Vector words = Operations::shuffle(raw, all.places[WINDOW][GROUP]);
+  if constexpr (!all.needs_second) return words;
+  Vector more = Operations::join(Operations::piece(tile + 2 * all.second(GROUP)), Operations::piece(tile + 2 * all.second(LAST)));
+  return Operations::either(words, Operations::shuffle(more, all.more_places[WINDOW][GROUP]));
 }
 
-// The codes of one step of FUSED_COLUMNS tiles, times the input of the row that they are of.
-template <int RATE, int ROWS, int PARTS, int STEP>
-static inline void fused_step(const int16_t* const (&tiles)[FUSED_COLUMNS], const int32_t* const (&inputs)[ROWS],
-                              Words (&windows)[FUSED_COLUMNS], Words (&sums)[FUSED_COLUMNS][ROWS][PARTS]) {
+// Code STEP of each dword times its input.
+template <int RATE, int ROWS, int PLANES, int HALF, int STEP>
+static inline void multiply_step(Vector words, const int32_t* const (&inputs)[ROWS], Sums (&sums)[ROWS][PLANES]) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
-  if constexpr (STEP % all.states == 0)
-    for (int i = 0; i < FUSED_COLUMNS; ++i) windows[i] = window<RATE, STEP / all.states>(tiles[i]);
-  constexpr int FEATURE = row_of(STEP / 4, STEP % 4);
-  Words input[ROWS][PARTS];
+  if constexpr (!all.is_uniform[STEP]) words = Operations::shift_right(words, all.shifts[STEP]);
+  else if constexpr (all.shifts[STEP][0] != 0) words = Operations::template shift_right<int(all.shifts[STEP][0])>(words);
+  Vector product = Operations::multiply(Operations::low_words(words), MULTIPLIERS[MUL1]);
   for (int row = 0; row < ROWS; ++row)
-    for (int part = 0; part < PARTS; ++part) input[row][part] = _mm512_set1_epi32(inputs[row][part * TILE + FEATURE]);
-#pragma GCC unroll 4
-  for (int i = 0; i < FUSED_COLUMNS; ++i) {
-    Words state;
-    if constexpr (all.is_uniform[STEP] && all.shifts[STEP][0] == 0) state = windows[i];
-    else if constexpr (all.is_uniform[STEP]) state = _mm512_srli_epi32(windows[i], all.shifts[STEP][0]);
-    else state = _mm512_srlv_epi32(windows[i], load(all.shifts[STEP]));
-    Words product = multiply(_mm512_and_si512(state, _mm512_set1_epi32(0xFFFF)), MULTIPLIERS[MUL1]);
+    for (int plane = 0; plane < PLANES; ++plane)
+      sums[row][plane] = Operations::add_products(sums[row][plane], product, inputs[row] + plane * INPUTS + STEP * 8 + HALF * 4);
+}
+
+template <int RATE, int ROWS, int PLANES, int VECTOR, int... STEP>
+static inline void multiply_vector(const int16_t* tile, const int32_t* const (&inputs)[ROWS], Sums (&sums)[ROWS][PLANES],
+                                   std::integer_sequence<int, STEP...>) {
+  constexpr int STATES = WINDOWS<RATE>.states;
+  Vector words;
+  ((words = STEP % STATES == 0 ? window<RATE, VECTOR, STEP / STATES>(tile) : words,
+    multiply_step<RATE, ROWS, PLANES, VECTOR % HALVES, STEP>(words, inputs, sums)),
+   ...);
+}
+
+template <int RATE, int ROWS, int PLANES, int FIRST, int... VECTOR>
+static inline void multiply_tile(const int16_t* tile, const int32_t* const (&inputs)[ROWS], Sums (&sums)[PAIRS][ROWS][PLANES],
+                                 std::integer_sequence<int, VECTOR...>) {
+  (multiply_vector<RATE, ROWS, PLANES, FIRST * HALVES + VECTOR>(tile, inputs, sums[VECTOR / HALVES],
+                                                                std::make_integer_sequence<int, 4>()),
+   ...);
+}
+
+// The sums of PAIRS columns and of those 8 on, over the dwords of each.
+static inline void fold(const Sums (&of_pairs)[PAIRS], Whole (&columns)[2], int32_t more) {
+  Operations::fold(of_pairs, columns);
+  for (Whole& some : columns) some += more;
+}
+
+// PAIRS columns from FIRST on, and those 8 columns on, of a tile's column, over one block.
+template <int RATE, int ROWS, int PARTS, int FIRST>
+static inline void multiply_block(const FusedCall& call, const int16_t* tile, int64_t block, int column) {
+  constexpr int PLANES = Operations::ARE_BYTES ? PARTS : 1;
+  Sums sums[PAIRS][ROWS][PLANES];
+  for (auto& pair : sums)
+    for (auto& planes : pair)
+      for (Sums& dwords : planes) dwords = Operations::zeros();
+  for (int i = 0; i < BLOCK_TILES; ++i, tile += call.row_stride) {
+    if constexpr (FIRST == 0) prefetch<16 * RATE>(tile + FUSED_AHEAD * call.row_stride);
+    const int32_t* inputs[ROWS];
     for (int row = 0; row < ROWS; ++row)
-      for (int part = 0; part < PARTS; ++part)
-        sums[i][row][part] = _mm512_dpbusd_epi32(sums[i][row][part], product, input[row][part]);
+      inputs[row] = call.inputs + ((row * call.blocks + block) * BLOCK_TILES + i) * PLANES * INPUTS;
+    multiply_tile<RATE, ROWS, PLANES, FIRST>(tile, inputs, sums, std::make_integer_sequence<int, PAIRS * HALVES>());
   }
-}
-
-template <int RATE, int ROWS, int PARTS, int... STEP>
-static inline void fused_tiles(const int16_t* const (&tiles)[FUSED_COLUMNS], const int32_t* const (&inputs)[ROWS],
-                               Words (&sums)[FUSED_COLUMNS][ROWS][PARTS], std::integer_sequence<int, STEP...>) {
-  Words windows[FUSED_COLUMNS];
-  (fused_step<RATE, ROWS, PARTS, STEP>(tiles, inputs, windows, sums), ...);
-}
-
-// `fused_product` for FUSED_COLUMNS columns of tiles and inputs of PARTS bytes.
-template <int RATE, int ROWS, int PARTS>
-EXL3_NOINLINE static void fused_columns(const int16_t* column, int64_t row_stride, int64_t column_stride, int64_t blocks,
-                                        const int32_t* inputs, const float* scales, float* const* sums) {
-  __m512 total[FUSED_COLUMNS][ROWS];
-  for (auto& some : total)
-    for (__m512& lanes : some) lanes = _mm512_setzero_ps();
-  for (int64_t block = 0; block < blocks; ++block) {
-    Words whole[FUSED_COLUMNS][ROWS][PARTS];
-    for (auto& some : whole)
-      for (auto& parts : some)
-        for (Words& lanes : parts) lanes = _mm512_setzero_si512();
-    for (int64_t tile = block * BLOCK_TILES; tile < (block + 1) * BLOCK_TILES; ++tile) {
-      const int16_t* tiles[FUSED_COLUMNS];
-      const int32_t* input[ROWS];
-      for (int i = 0; i < FUSED_COLUMNS; ++i) {
-        tiles[i] = column + i * column_stride + tile * row_stride;
-        prefetch<Windows<RATE>::BYTES>(tiles[i] + FUSED_AHEAD * row_stride);
-      }
-      for (int row = 0; row < ROWS; ++row) input[row] = inputs + (row * blocks * BLOCK_TILES + tile) * PARTS * TILE;
-      fused_tiles<RATE, ROWS, PARTS>(tiles, input, whole, std::make_integer_sequence<int, Windows<RATE>::STEPS>());
+  for (int row = 0; row < ROWS; ++row) {
+    int64_t index = row * call.blocks + block;
+    Sums parts[PARTS][PAIRS];
+    for (int pair = 0; pair < PAIRS; ++pair) Operations::split(sums[pair][row], parts, pair);
+    Whole columns[PARTS][2];
+    for (int part = 0; part < PARTS; ++part)
+      fold(parts[part], columns[part], Operations::OFFSET * call.totals[index * PARTS + part]);
+    for (int half = 0; half < 2; ++half) {
+      Floats exact = __builtin_convertvector(columns[0][half], Floats), sum;  // the number that both parts make is rounded once
+      if constexpr (PARTS == 2) exact = exact * 256 + __builtin_convertvector(columns[PARTS - 1][half], Floats);
+      float* to = call.sums[row] + column * TILE + half * 8 + FIRST;
+      std::memcpy(&sum, to, sizeof sum);
+      sum += exact * call.scales[index];
+      std::memcpy(to, &sum, sizeof sum);
     }
-    for (int i = 0; i < FUSED_COLUMNS; ++i)
-      for (int row = 0; row < ROWS; ++row) {
-        __m512 exact = _mm512_cvtepi32_ps(whole[i][row][0]);  // the number that both parts make is rounded once
-        if constexpr (PARTS == 2)
-          exact = _mm512_add_ps(_mm512_mul_ps(exact, _mm512_set1_ps(256)), _mm512_cvtepi32_ps(whole[i][row][PARTS - 1]));
-        total[i][row] = _mm512_add_ps(total[i][row], _mm512_mul_ps(exact, _mm512_set1_ps(scales[row * blocks + block])));
-      }
   }
-  const Words columns = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-  for (int i = 0; i < FUSED_COLUMNS; ++i)
-    for (int row = 0; row < ROWS; ++row)
-      _mm512_storeu_ps(sums[row] + i * TILE, _mm512_permutexvar_ps(columns, total[i][row]));
 }
 
-// Products of codes and whole inputs [rows, 16 blocks, parts, 16], times the blocks' scales [rows, blocks], to `sums`: for
-// each row FUSED_COLUMNS * 16 numbers. Strides are in words.
-using FusedProduct = void (*)(const int16_t* column, int64_t row_stride, int64_t column_stride, int64_t blocks,
-                              const int32_t* inputs, const float* scales, float* const* sums);
+// `Fused::product` for inputs of PARTS bytes.
+template <int RATE, int ROWS, int PARTS>
+EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
+  for (int row = 0; row < ROWS; ++row) std::fill_n(call.sums[row], FUSED_COLUMNS * TILE, 0.f);
+  for (int64_t block = 0; block < call.blocks; ++block)
+    for (int column = 0; column < FUSED_COLUMNS; ++column) {
+      const int16_t* tile = call.column + column * call.column_stride + block * BLOCK_TILES * call.row_stride;
+      multiply_block<RATE, ROWS, PARTS, 0>(call, tile, block, column);
+      multiply_block<RATE, ROWS, PARTS, PAIRS>(call, tile, block, column);
+    }
+}
+
+// [8, planes, INPUTS]: a byte in all four of a dword, or a number of 16 bits in both halves.
+static void arrange_inputs(const int16_t* whole, int parts, int32_t* to) {
+  int planes = Operations::ARE_BYTES ? parts : 1;
+  for (int i = 0; i < BLOCK * planes * 2; ++i) {
+    int place = i % INPUTS, plane = i / INPUTS % planes, tile = i / INPUTS / planes;
+    int16_t input = whole[tile * TILE + row_of(place / 2 % 4, place / 8)];
+    to[i] = Operations::ARE_BYTES ? four_bytes(byte_of(input, plane, parts)) : int32_t(uint16_t(input) * 0x00010001u);
+  }
+}
 
 template <int... I>
 static FusedProduct fused_product(int rate, int rows, int parts, std::integer_sequence<int, I...>) {
@@ -180,3 +206,5 @@ static FusedProduct fused_product(int rate, int rows, int parts, std::integer_se
 static FusedProduct fused_product(int twice_bits, int rows, int parts) {
   return fused_product(rate_index(twice_bits), rows, parts, std::make_integer_sequence<int, NUM_RATES>());
 }
+
+constexpr Fused FUSED{fused_product, arrange_inputs, {INPUTS, Operations::ARE_BYTES ? 2 * INPUTS : INPUTS}};

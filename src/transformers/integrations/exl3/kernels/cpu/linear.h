@@ -19,33 +19,31 @@
 // Both errors are about 2e-4 of the result, a tenth of what rounding it to bf16 adds.
 //
 // One or two rows and a mul1 weight ("fused"): sums are whole numbers over a block of each column, for inputs of 8 bits or of
-// two bytes. On AVX-512 VNNI fused.h adds them up, elsewhere what follows does, to the same bytes.
+// two bytes. Instruction sets that have a `Fused` add them up with it, others as follows, to the same bytes.
 
-constexpr int FUSED_COLUMNS = 4;  // of tiles, that a fused product shares inputs among: as fast as one at 2 bits, 1.1 times at 4 bits
 constexpr int ROWS = 16;  // that share the decoding
 constexpr int PATTERN = LANES_OF_TILE;  // inputs of a tile in the order of codes, twice: for a column and the one 8 on
-
-#if EXL3_VNNI
-#include "fused.h"
-#endif
 
 struct Linear {
   const LinearCall& call;
   const int64_t blocks, columns, chunks;  // of the input, of tiles, of ROWS rows
   const int64_t width;                    // columns of tiles that a thread takes at a time
   const bool exact, fused;
-  const int parts;  // bytes of an input, where it is fused
+  const int parts;          // bytes of an input, where it is fused
+  const Fused* const with;  // what that is done with, null for nothing
+  const int inputs;         // dwords of a tile's inputs for it
   const Decoder decode;
   const CodeUnits units;
   Buffer<float> sums;             // [rows, out]: the product before it is rotated
   Buffer<float> values;           // [rows, in_tiles, PATTERN]: exact inputs
-  Buffer<int32_t> bytes;          // [rows, in_tiles, parts, TILE]: whole inputs of fused.h, a byte in all four of a dword
+  Buffer<int32_t> arranged;       // [rows, in_tiles, inputs]: whole inputs for `with`,
+  Buffer<int32_t> byte_totals;    // [rows, blocks, parts]: and the sums of their bytes
   Buffer<int16_t> whole;          // [rows, in_tiles, PATTERN]: other whole inputs,
   Buffer<float> scales;           // [rows, blocks]: their scales,
   Buffer<float> totals;           // [rows, blocks]: and the sums of what they stand for
   Buffer<std::atomic<int>> left;  // [chunks, blocks of the output]: columns of tiles that are still to come
 
-  Linear(const LinearCall& call, int64_t width)
+  Linear(const LinearCall& call, int64_t width, const Fused* fused_with)
       : call(call),
         blocks(call.trellis.in_tiles / BLOCK_TILES),
         columns(call.trellis.out_tiles),
@@ -54,12 +52,15 @@ struct Linear {
         exact(call.x.dtype == FLOAT32),
         fused(is_fused(call)),
         parts(has_byte_inputs(call.trellis.twice_bits) ? 1 : 2),
+        with(fused ? fused_with : nullptr),
+        inputs(with ? with->sizes[parts - 1] : 0),
         decode(decoder(call.trellis.twice_bits, call.trellis.codebook)),
         units(UNITS[call.trellis.codebook]),
         sums(call.rows * columns * TILE),
         values(exact ? call.rows * call.trellis.in_tiles * PATTERN : 0),
-        bytes(fused && EXL3_VNNI ? call.rows * call.trellis.in_tiles * parts * TILE : 0),
-        whole(exact || (fused && EXL3_VNNI) ? 0 : call.rows * call.trellis.in_tiles * PATTERN),
+        arranged(call.rows * call.trellis.in_tiles * inputs),
+        byte_totals(with ? call.rows * blocks * parts : 0),
+        whole(exact || with ? 0 : call.rows * call.trellis.in_tiles * PATTERN),
         scales(exact ? 0 : call.rows * blocks),
         totals(exact ? 0 : call.rows * blocks),
         left(chunks * columns / BLOCK_TILES) {
@@ -108,21 +109,20 @@ struct Linear {
       rounded[i] = int16_t(finite ? number : 0);
       total += rounded[i];
     }
-    if (fused && EXL3_VNNI)
-      store_bytes(rounded, bytes.data + index * BLOCK * parts);
+    if (with)
+      arrange(rounded, index);
     else
       for (int i = 0; i < BLOCK_TILES * PATTERN; ++i) whole.data[place + i] = rounded[feature_of(i)];
     scales.data[index] = finite ? scale : NAN;
     totals.data[index] = float(total) * scales.data[index];
   }
 
-  // `rounded` [128] as signed bytes, those of all but the lowest bits first where there are two of each.
-  void store_bytes(const int16_t* rounded, int32_t* to) const {
-    for (int i = 0; i < BLOCK; ++i) {
-      int32_t* place = to + i / TILE * parts * TILE + i % TILE;
-      int8_t low = int8_t(rounded[i]);
-      if (parts == 2) place[TILE] = uint8_t(low) * 0x01010101u;
-      place[0] = uint8_t(parts == 2 ? (rounded[i] - low) / 256 : low) * 0x01010101u;
+  void arrange(const int16_t* rounded, int64_t index) const {
+    with->arrange(rounded, parts, arranged.data + index * BLOCK_TILES * inputs);
+    for (int part = 0; part < parts; ++part) {
+      int32_t total = 0;
+      for (int i = 0; i < BLOCK; ++i) total += byte_of(rounded[i], part, parts);
+      byte_totals.data[index * parts + part] = total;
     }
   }
 
@@ -150,16 +150,17 @@ struct Linear {
   }
 
   void multiply_fused(int64_t column, int rows) const {
-#if EXL3_VNNI
-    FusedProduct product = fused_product(call.trellis.twice_bits, rows, parts);
-    for (int64_t i = column; i < column + width; i += FUSED_COLUMNS) {
-      float* some[FUSED_ROWS] = {sums.data + i * TILE, sums.data + (columns + i) * TILE};
-      product(call.trellis.data + i * call.trellis.column_stride, call.trellis.row_stride, call.trellis.column_stride, blocks,
-              bytes.data, scales.data, some);
+    FusedProduct product = with ? with->product(call.trellis.twice_bits, rows, parts) : nullptr;
+    for (int64_t i = column; i < column + width; i += product ? FUSED_COLUMNS : 1) {
+      if (!product) {
+        multiply_whole(i, rows);
+        continue;
+      }
+      FusedCall some{call.trellis.data + i * call.trellis.column_stride, call.trellis.row_stride, call.trellis.column_stride, blocks,
+                     arranged.data, byte_totals.data, scales.data, {}};
+      for (int row = 0; row < rows; ++row) some.sums[row] = sums.data + (row * columns + i) * TILE;
+      product(some);
     }
-#else
-    for (int64_t i = column; i < column + width; ++i) multiply_whole(i, rows);
-#endif
     for (int row = 0; row < rows; ++row) {
       float total = 0, *sum = sums.data + (row * columns + column) * TILE;
       for (int64_t block = 0; block < blocks; ++block) total += totals.data[row * blocks + block];
@@ -167,7 +168,6 @@ struct Linear {
     }
   }
 
-#if !EXL3_VNNI
   void multiply_whole(int64_t column, int rows) const {
     alignas(64) int16_t codes[BLOCK_TILES * TILE_SIZE];
     alignas(64) int32_t lanes[LANES_OF_TILE][4];
@@ -186,7 +186,6 @@ struct Linear {
       }
     }
   }
-#endif
 
   void multiply_codes(int64_t column, int64_t first, int rows, int16_t* codes) const {
     alignas(64) float lanes[ROWS][LANES_OF_TILE][4];
@@ -266,7 +265,7 @@ static void for_each_part(const std::vector<std::unique_ptr<Linear>>& products, 
   });
 }
 
-static void multiply(const LinearCall* calls, int64_t count, int threads) {
+static void multiply(const LinearCall* calls, int64_t count, int threads, const Fused* fused) {
   constexpr int64_t FEW = 256;  // blocks that one thread prepares before another would have been woken
   // Weights, times rows, that are worth one more thread: on two quiet cores of Zen 4, 512x1024 takes 27 us on one thread and 26
   // on two, 1024x1024 50 and 40. With another process on one of the cores, two threads take three to five times as long.
@@ -282,7 +281,8 @@ static void multiply(const LinearCall* calls, int64_t count, int threads) {
   bool is_small = out_blocks < 8 * threads;
   std::vector<std::unique_ptr<Linear>> products;
   for (int64_t i = 0; i < count; ++i)
-    products.emplace_back(new Linear(calls[i], !is_small ? BLOCK_TILES : Linear::is_fused(calls[i]) ? FUSED_COLUMNS : 1));
+    products.emplace_back(
+        new Linear(calls[i], !is_small ? BLOCK_TILES : Linear::is_fused(calls[i]) ? FUSED_COLUMNS : 1, fused));
   for_each_part(products, in_blocks < FEW ? 1 : threads, [](const Linear& product) { return product.preparations(); },
                 [](const Linear& product, int64_t index) { product.prepare(index); });
   for_each_part(products, threads, [](const Linear& product) { return product.products(); },

@@ -19,14 +19,6 @@ using Decoder = void (*)(const int16_t* tile, int64_t stride, int count, int16_t
 
 constexpr int PREFETCHED = 40;  // tiles ahead: about 300 ns, what memory takes
 
-// Has the cache fetch bytes that may lie beyond the end of the memory, where nothing happens.
-template <int BYTES>
-static inline void prefetch(const int16_t* from) {
-#if defined(__GNUC__)
-  for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
-#endif
-}
-
 // `count` tiles that are `stride` words apart to their codes [count, 256].
 template <int RATE, int BOOK>
 static void decode_tiles(const int16_t* tile, int64_t stride, int count, int16_t* codes) {
