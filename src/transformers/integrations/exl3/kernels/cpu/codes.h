@@ -25,7 +25,7 @@ static inline Words codes_of(Words states) {
 template <int RATE, int BOOK, int... VECTOR>
 static inline void decode_vectors(const int16_t* tile, int16_t* codes, std::integer_sequence<int, VECTOR...>) {
   Pairs pairs;
-  ((pairs = states<RATE, VECTOR>(tile),
+  ((pairs = states<RATE, VECTOR, BOOK>(tile),
     store_codes(codes + VECTOR * CODES, codes_of<RATE, BOOK>(pairs.even), codes_of<RATE, BOOK>(pairs.odd))),
    ...);
 }

@@ -70,7 +70,7 @@ static inline __m128i stream(const int16_t* tile) {
   }
 }
 
-template <int RATE, int VECTOR>
+template <int RATE, int VECTOR, int>
 static inline Pairs states(const int16_t* tile) {
   constexpr const Cuts<RATE>& cuts = CUTS<RATE>;
   Words raw = _mm256_set_m128i(stream<RATE, 2 * VECTOR + 1>(tile), stream<RATE, 2 * VECTOR>(tile));

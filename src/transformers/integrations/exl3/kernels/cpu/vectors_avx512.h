@@ -31,6 +31,10 @@ struct Cuts {
 #if EXL3_VNNI
   // Four states are cut out of one qword, whose words are turned around: bit 63 is then the first of the stream.
   alignas(64) uint8_t even[64] = {}, odd[64] = {};
+  // Or two are a dword ("window") that ends in the byte where the second of them does, shifted by these and masked.
+  alignas(64) uint8_t windows[2][64] = {};
+  alignas(64) uint32_t shifts[2][16] = {};  // of even and of odd codes
+  bool shifts_odd = false;
 #else
   // A state is the end of one word and the start of the next.
   alignas(64) uint16_t next[2][32] = {}, left[32] = {}, right[32] = {};
@@ -50,6 +54,18 @@ struct Cuts {
       left[lane] = uint16_t(end % 16), right[lane] = uint16_t(16 - end % 16);
 #endif
     }
+#if EXL3_VNNI
+    for (int pair = 0; pair < 16; ++pair) {
+      int end = RATE * (pair + 1), behind = (end + 7) / 8;
+      shifts[0][pair] = uint32_t(8 * behind - RATE * (2 * pair + 1) / 2), shifts[1][pair] = uint32_t(8 * behind - end);
+      shifts_odd = shifts_odd || 8 * behind != end;
+      for (int is_odd = 0; is_odd < 2; ++is_odd)
+        for (int i = 0; i < 4; ++i) {
+          int byte = behind - 1 - i + 4 - 2 * is_odd;  // of the stream that is loaded; masks take away what is before it
+          windows[is_odd][4 * pair + i] = uint8_t(byte < 0 ? 0 : byte / 4 * 4 + 3 - byte % 4);
+        }
+    }
+#endif
   }
 
   // In memory the two words of a dword are swapped.
@@ -81,10 +97,21 @@ static inline Words stream(const int16_t* tile) {
   }
 }
 
-template <int RATE, int VECTOR>
+// On Zen 4 a multishift is done where products are, and shifts where shuffles are: mul1's codes take few shuffles, the others many.
+template <int RATE, int VECTOR, int BOOK>
 static inline Pairs states(const int16_t* tile) {
   constexpr const Cuts<RATE>& cuts = CUTS<RATE>;
-  Words raw = stream<RATE, VECTOR>(tile), words = _mm512_permutexvar_epi16(load(cuts.words[RATE * VECTOR % 2]), raw);
+  Words raw = stream<RATE, VECTOR>(tile);
+#if EXL3_VNNI
+  if constexpr (BOOK == MUL1) {
+    const Words low_halves = _mm512_set1_epi32(0xFFFF);
+    Words windows = _mm512_permutexvar_epi8(load(cuts.windows[RATE * VECTOR % 2]), raw);
+    Words odd = cuts.shifts_odd ? _mm512_srlv_epi32(windows, load(cuts.shifts[1])) : windows;
+    Words even = _mm512_srlv_epi32(windows, load(cuts.shifts[0]));
+    return {_mm512_and_si512(even, low_halves), _mm512_and_si512(odd, low_halves)};
+  }
+#endif
+  Words words = _mm512_permutexvar_epi16(load(cuts.words[RATE * VECTOR % 2]), raw);
 #if EXL3_VNNI
   constexpr __mmask64 LOW_HALVES = 0x3333333333333333;
   return {_mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(cuts.even), words),
