@@ -14,16 +14,21 @@
 
 // The inner matrix and the weight that a trellis stands for, in full: `format.decode` and `ops.dequantize`, transposed.
 
+// Rows of the result are written in pieces of whole cache lines: they are often a power of two apart, and fall on the same few
+// places of the cache.
 template <typename Value>
 static void decode_column(const DecodeCall& call, int64_t column, Decoder decode) {
   const CodeUnits units = UNITS[call.trellis.codebook];
   const int16_t* tile = call.trellis.data + column * call.trellis.column_stride;
   Value* to = static_cast<Value*>(call.y.data) + column * TILE * call.y.stride;
-  for (int64_t row = 0; row < call.trellis.in_tiles; ++row, tile += call.trellis.row_stride, to += TILE) {
-    alignas(64) int16_t codes[TILE_SIZE], transposed[TILE_SIZE];
-    decode(tile, 0, 1, codes);
-    transpose_codes(codes, transposed);
-    for (int i = 0; i < TILE; ++i) store_values(transposed + i * TILE, units, to + i * call.y.stride);
+  for (int64_t first = 0; first < call.trellis.in_tiles; first += BLOCK_TILES) {
+    int count = int(std::min<int64_t>(BLOCK_TILES, call.trellis.in_tiles - first));
+    alignas(64) int16_t codes[BLOCK_TILES * TILE_SIZE], transposed[BLOCK_TILES * TILE_SIZE];
+    decode(tile + first * call.trellis.row_stride, call.trellis.row_stride, count, codes);
+    for (int i = 0; i < count; ++i) transpose_codes(codes + i * TILE_SIZE, transposed + i * TILE_SIZE);
+    for (int row = 0; row < TILE; ++row)
+      for (int i = 0; i < count; ++i)
+        store_values(transposed + i * TILE_SIZE + row * TILE, units, to + row * call.y.stride + (first + i) * TILE);
   }
 }
 
