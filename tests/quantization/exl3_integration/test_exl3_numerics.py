@@ -39,7 +39,7 @@ from .synthetic import random_linear
 DTYPES = ("float32", "bfloat16", "float16")
 # Relative RMS errors: of fp32 sums, and of what 16-bit inputs and results are rounded to.
 TOLERANCES = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
-BYTE_INPUTS = 1e-2  # the same, of inputs of 8 bits: one or two rows of 16-bit numbers, mul1, up to 5 bits
+BYTE_INPUTS = 1e-2  # the same, of inputs of 8 bits: one or two rows of 16-bit numbers, mul1, up to 4 bits
 # Smaller numbers lose digits: float16's own, and those that become too small for fp32 on the way.
 FLOORS = {torch.float32: 1e-33, torch.bfloat16: 1e-33, torch.float16: 2**-14}
 ROWS = (1, 60)  # few are multiplied where weights are decoded, many by PyTorch

@@ -22,7 +22,7 @@ best that the machine has is taken: `avx512vnni` (with VBMI), `avx512vlvnni` (wi
 `torch.get_num_threads()` are used, those of torch's own OpenMP library where it has one.
 
 Activations of 16 bits are rounded to whole numbers after their rotation. For one or two rows and the mul1 codebook these have 8
-bits at rates up to 5 bits per weight, otherwise 16; `EXL3_CPU_INPUT_BITS` (`8` or `16`) decides for all rates. `reference.py`
+bits at rates up to 4 bits per weight, otherwise 16; `EXL3_CPU_INPUT_BITS` (`8` or `16`) decides for all rates. `reference.py`
 says what is computed.
 """
 
