@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from pathlib import Path
 
 from parameterized import parameterized
 
@@ -39,7 +40,8 @@ class Exl3ConformanceTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "found.json")
             command = [sys.executable, "-m", __package__, "--json", path]
-            done = subprocess.run(command, capture_output=True, text=True)
+            above = Path(__file__).resolve().parents[len(__package__.split("."))]  # where pytest found the package
+            done = subprocess.run(command, capture_output=True, text=True, cwd=above)
             if not os.path.isfile(path):
                 raise RuntimeError(f"The comparison came to no end:\n{done.stderr[-4000:]}")
             with open(path, encoding="utf-8") as file:
