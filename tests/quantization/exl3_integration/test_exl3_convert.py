@@ -410,6 +410,10 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertIn("0.0 MB became 0.3 MB", out)
         self.assertEqual(digests(self.output).keys(), {*SAVED, "README.md"})
 
+    def test_a_class_is_found_as_files_spell_it(self):
+        LlamaConfig(architectures=["Llama_ForCausalLM"]).save_pretrained(self.source)
+        self.assertIs(converting._model_class(Path(self.source)), LlamaForCausalLM)
+
     def test_sources_that_are_refused(self):
         plain, quantized = os.path.join(self.folder, "plain"), os.path.join(self.folder, "quantized")
         model = tiny_model("llama")[0]

@@ -15,6 +15,7 @@
 import copy
 import gc
 import inspect
+import json
 import logging as python_logging
 import os
 import pickle
@@ -26,7 +27,7 @@ import weakref
 import torch
 from parameterized import parameterized
 
-from transformers import LlamaForCausalLM
+from transformers import Exl3Config, LlamaForCausalLM
 from transformers.testing_utils import CaptureLogger, require_accelerate, require_torch
 from transformers.utils import logging
 
@@ -49,6 +50,23 @@ class Exl3SavingTest(unittest.TestCase):
         model, auto_class = tiny_model(name)
         save_quantized(model, self.folder, match="layers.0")
         return auto_class.from_pretrained(self.folder)
+
+    def test_a_class_is_named_as_files_spell_it(self):
+        """exllamav3 knows `Ernie4_5ForCausalLM` by the name that its repo has: `Ernie4_5_ForCausalLM`."""
+        model, auto_class = tiny_model("llama")
+        for published, saved in (("Llama_ForCausalLM", "Llama_ForCausalLM"), ("LlamaModel", "LlamaForCausalLM")):
+            model.save_pretrained(self.folder)
+            file = os.path.join(self.folder, "config.json")
+            with open(file, encoding="utf-8") as source:
+                content = json.load(source) | {"architectures": [published]}
+            with open(file, "w", encoding="utf-8") as target:
+                json.dump(content, target)
+            config = Exl3Config(effort="fast", modules_to_not_convert=["mlp"])
+            quantized = auto_class.from_pretrained(self.folder, quantization_config=config)
+            with tempfile.TemporaryDirectory() as folder:
+                quantized.save_pretrained(folder)
+                with open(os.path.join(folder, "config.json"), encoding="utf-8") as source:
+                    self.assertEqual(json.load(source)["architectures"], [saved])
 
     def test_a_deleted_model_is_gone_at_once(self):
         model = self.load()

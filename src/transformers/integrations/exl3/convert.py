@@ -207,7 +207,10 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"{folder} is quantized already ({method}): convert the float model that it was made from.")
     name = next(iter(config.architectures or ()), None)
-    found = getattr(transformers, name, None) if name else None
+    alike = {
+        known.replace("_", ""): known for known in dir(transformers)
+    }  # Ernie4_5_ForCausalLM is Ernie4_5ForCausalLM
+    found = getattr(transformers, alike.get(name.replace("_", ""), name), None) if name else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"{folder / CONFIG_NAME} names {name or 'nothing'} under `architectures`, which has to be a model class of Transformers "

@@ -182,9 +182,19 @@ def _as_published(kind: type[PreTrainedConfig], written: dict, published: dict) 
     result = copy.deepcopy(result) | {name: written[name] for name in OF_THE_SAVED if name in written}
     try:
         _take_differences(result, read(result), wanted, written)
-        return result if read(result) == wanted else written
+        if read(result) != wanted:
+            return written
     except Exception:  # of a class that does not read it: the model was loaded with a config of the user's
         return written
+    if _are_alike(published.get("architectures"), written.get("architectures")):
+        result["architectures"] = published["architectures"]
+    return result
+
+
+def _are_alike(names: list[str] | None, others: list[str] | None) -> bool:
+    """Whether classes have the same names but for underscores: `Ernie4_5_ForCausalLM` is how files spell one of upstream's."""
+    first, second = ([name.replace("_", "") for name in some or ()] for some in (names, others))
+    return first == second
 
 
 def _take_differences(result: dict, found: dict, wanted: dict, written: dict):
