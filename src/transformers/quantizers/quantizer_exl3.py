@@ -139,6 +139,8 @@ class Exl3HfQuantizer(HfQuantizer):
         config = self.quantization_config
         # Of a dict that a user wrote.
         config._check_unknown(config.converter_fields.keys() - {*QUANTIZED_HERE, *TIED_HEAD, CALIBRATION})
+        for name in (*TIED_HEAD, CALIBRATION):  # of a config that another model was quantized with
+            config.converter_fields.pop(name, None)
         config.codebook = config.codebook or "mul1"
         config.converter_fields |= QUANTIZED_HERE
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)

@@ -255,13 +255,46 @@ class Exl3CalibrationTest(unittest.TestCase):
         self.assertIs(type(layer.mlp.down_proj), torch.nn.Linear)
         self.assertFalse(layer.mlp.down_proj._forward_hooks)
 
+    def test_a_bias_that_the_checkpoint_lacks_is_initialized_before_it_is_read(self):
+        """New memory is filled with NaN here, which would reach the activations."""
+        with tempfile.TemporaryDirectory() as folder:
+            model, auto_class = tiny_model("qwen2")
+            name = "model.layers.0.self_attn.q_proj.bias"
+            state = {key: value for key, value in model.state_dict().items() if key != name}
+            model.save_pretrained(folder, state_dict=state)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            self.addCleanup(torch.use_deterministic_algorithms, False)
+            config = Exl3Config(bits=4, effort="fast", dataset=some_rows())
+            model = auto_class.from_pretrained(folder, quantization_config=config)
+        self.assertEqual(float(model.get_parameter(name).abs().max()), 0)
+
+    def test_a_config_tells_of_the_model_that_it_quantized_last(self):
+        config = Exl3Config(bits=4, effort="fast", dataset=some_rows(), embedding_bits=4)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, arguments in (("llama_tied", {}), ("llama_base", {"dataset": None, "embedding_bits": None})):
+                model, auto_class = tiny_model(name)
+                model.save_pretrained(folder)
+                vars(config).update(arguments)
+                model = auto_class.from_pretrained(folder, quantization_config=config)
+                config = model.config.quantization_config
+        self.assertEqual(config.converter_fields, {"quantized_by": "transformers"})
+
+    def test_experts_without_tokens_are_counted(self):
+        with tempfile.TemporaryDirectory() as folder, self.assertLogs(SHOWN, "WARNING") as logs:
+            with mock.patch.object(calibration._Mixture, "_rows", lambda *_: torch.zeros(0, dtype=torch.long)):
+                self.quantized("mixtral", folder)
+        self.assertIn("4 experts had no token", logs.output[0])
+
     def test_layers_that_the_checkpoint_lacks_stay_float(self):
         from transformers import AutoModelForSequenceClassification
 
         with tempfile.TemporaryDirectory() as folder:
             tiny_model("bert")[0].save_pretrained(folder)
             config = Exl3Config(bits=4, effort="fast", dataset=some_rows())
-            model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, quantization_config=config, output_loading_info=True
+            )
+        self.assertEqual(info["missing_keys"], {"classifier.weight", "classifier.bias"})
         self.assertIs(type(model.classifier), torch.nn.Linear)
         self.assertIsInstance(model.bert.encoder.layer[0].output.dense, Exl3Linear)
 

@@ -30,7 +30,7 @@ from .experts import Exl3Experts
 from .feedback import Moments
 from .modules import Exl3Module
 from .progress import Progress
-from .quantizing import put, quantize_in_place, settle
+from .quantizing import late_parameters, put, quantize_in_place, settle
 from .text import windows_of
 
 
@@ -60,14 +60,15 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
         `ValueError`: Where the model takes no text, is offloaded, the data does not do, or activations are not finite.
     """
     for path in paths:
-        if any(tensor.is_meta for tensor in _pending(model.get_submodule(path)).values()):
+        module = model.get_submodule(path)
+        if any(getattr(module, name).is_meta for name in module.pending):
             raise ValueError(
                 f"{path} is offloaded: a model that is quantized with a `dataset` has to fit in memory as it is. Quantize it without "
                 "one, or on devices that hold it."
             )
     modules = {path: model.get_submodule(path) for path in paths}
     for path, module in modules.items():
-        put(model, path, module.with_plain(_plain_parameters(module)))
+        put(model, path, module.with_plain(_plain_parameters(model, path, module)))
     ids = windows_of(model, config)
     run = _Pass(model, modules, progress, ids)
     try:
@@ -76,6 +77,11 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
         run.remove_hooks()
         for path, module in modules.items():
             model.set_submodule(path, module)
+    if run.unrouted:
+        logger.warning(
+            f"{run.unrouted} experts had no token of the `dataset`: their `down` is quantized without data, and the rest with what "
+            "the other experts of their layer had."
+        )
     missed = [path for path, module in modules.items() if module.pending]
     if missed:
         logger.warning(
@@ -85,14 +91,10 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
     return tuple(ids.shape)
 
 
-def _pending(module: Exl3Module) -> dict[str, torch.Tensor]:
-    return {name: getattr(module, name) for name in sorted(module.pending)}
-
-
 @torch.no_grad()
-def _plain_parameters(module: Exl3Module) -> dict[str, torch.Tensor]:
+def _plain_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
     """The parameters of the plain module: those that wait, the same memory, and those that came before."""
-    values = _pending(module)
+    values = late_parameters(model, path, module)
     for name, parameter in module.plain.named_parameters(recurse=False):
         if name not in values:
             some = next(iter(values.values()))
@@ -117,7 +119,7 @@ class _Pass:
         self.model, self.progress, self.rows, self.tokens = model, progress, ids.shape[0], ids.numel()
         self._input = self._version = self._moments = None  # the last layer's: several layers read the same tensor
         head = model.get_output_embeddings()
-        self._hooks = []
+        self._hooks, self.unrouted = [], 0
         for path, module in modules.items():
             plain = model.get_submodule(path)
             if plain is head:
@@ -182,6 +184,7 @@ class _Pass:
         into = [name for name in module.pending if not name.startswith("down_proj")]
         quantize_in_place(self.model, path, self.progress, mixture.into, into)
         quantize_in_place(self.model, path, self.progress, mixture.down)
+        self.unrouted += mixture.unrouted
         return count
 
     def _count(self, x: torch.Tensor) -> int:
@@ -243,6 +246,7 @@ class _Mixture:
         self.path, self.module, self.x, self.floats, self.index = path, module, x, floats, index
         self._all = moments(path, x, floats)
         self._expert = self._last = None
+        self.unrouted = 0  # experts of whose `down` nothing is known
 
     def _rows(self, expert: int) -> torch.Tensor:
         return (self.index == expert - self.module.first).any(-1).nonzero().flatten()
@@ -265,6 +269,7 @@ class _Mixture:
         expert = int(layer.partition(".")[0])
         rows = self._rows(expert)
         if not rows.shape[0]:
+            self.unrouted += 1
             return None
         hidden = self.module.hidden_of(expert, self.x[rows])
         hessian = moments(self.path, hidden).hessian

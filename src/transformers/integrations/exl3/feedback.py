@@ -215,10 +215,9 @@ def _search_with_feedback(
         `tuple(torch.Tensor)`: Packed states `[in/16, columns/16, 16K]` and what they decode to, fp32 `[in, columns]`.
     """
     coded, error, packed = torch.empty_like(regular), torch.zeros_like(regular), []
-    for last in range(
-        regular.shape[0], 0, -format.BLOCK
-    ):  # the feedback of later blocks: one product for eight strips
+    for last in range(regular.shape[0], 0, -format.BLOCK):
         first = last - format.BLOCK
+        # The feedback of later blocks: one product for eight strips.
         target = regular[first:last] + factor[last:, first:last].T @ error[last:]
         for stop in range(last, first, -format.TILE):
             strip = slice(stop - format.TILE, stop)

@@ -194,7 +194,7 @@ def quantize_in_place(
     as of `quantize_parameter`.
     """
     module = model.get_submodule(path)
-    for name, value in _late_parameters(model, path, module).items():
+    for name, value in late_parameters(model, path, module).items():
         if names is not None and name not in names:
             continue
         for tensor, result in quantize_parameter(path, module, name, value, progress, moments_of).items():
@@ -305,7 +305,7 @@ def _initialized(model: nn.Module, path: str, module: Exl3Module) -> nn.Module:
     return plain
 
 
-def _late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
+def late_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
     """The parameters that `module` waits for: as they came, and biases that did not as its model initialises them."""
     values = {name: getattr(module, name).detach() for name in sorted(module.pending)}
     lacking = _lacking(module)
