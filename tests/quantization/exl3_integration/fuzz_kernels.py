@@ -33,7 +33,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3 import encoding, format, grouped, ops
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels import cpu
 
@@ -165,7 +165,7 @@ def input_grad(rng):
     return arguments | {"codebook": codebook, "in_features": into}, ops.linear_input_grad, reference
 
 
-def grouped(rng):
+def grouped_linear(rng):
     into, out, t, _, codebook = layer(rng)
     count = rng.randrange(1, 4)
     ends = [0]
@@ -187,7 +187,7 @@ def grouped(rng):
                 )
         return y
 
-    return arguments | {"out_features": out}, ops.grouped_linear, reference
+    return arguments | {"out_features": out}, grouped.grouped_linear, reference
 
 
 def dequantize(rng):
@@ -256,7 +256,7 @@ def encode(rng):
     weight = torch.randn(rng.randrange(1, 140), rng.randrange(1, 140)).to(rng.choice(DTYPES))
 
     def call(weight, bits, codebook):
-        trellis, suh, svh = ops.encode(weight, bits, codebook, 0)
+        trellis, suh, svh = encoding.encode(weight, bits, codebook, 0)
         found = ops.dequantize(trellis, suh, svh, codebook)[: weight.shape[0], : weight.shape[1]].double()
         return (found - weight).norm() / weight.double().norm() < 0.1
 
@@ -267,14 +267,14 @@ def encode_embedding(rng):
     weight = torch.randn(rng.randrange(1, 6), rng.randrange(1, 600)).to(rng.choice(DTYPES))
 
     def call(weight, bits):
-        found = ops.embedding(torch.arange(len(weight)), *ops.encode_embedding(weight, bits, 0), weight.shape[1])
+        found = ops.embedding(torch.arange(len(weight)), *encoding.encode_embedding(weight, bits, 0), weight.shape[1])
         return (found - weight).norm() / weight.double().norm() < 0.1
 
     return {"weight": weight, "bits": rng.choice((6, 7, 8))}, call, lambda *_: torch.tensor(True)
 
 
 CALLS = (
-    *(linear, linear_kernel, input_grad, grouped, dequantize, decode, rotate),
+    *(linear, linear_kernel, input_grad, grouped_linear, dequantize, decode, rotate),
     *(embedding, search, encode, encode_embedding),
 )
 

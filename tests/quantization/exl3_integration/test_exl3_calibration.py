@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
-from transformers.integrations.exl3 import calibration, encoder, feedback, ops, text
+from transformers.integrations.exl3 import calibration, encoder, encoding, feedback, ops, text
 from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module
 from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
 from transformers.testing_utils import require_accelerate, require_torch
@@ -84,7 +84,7 @@ class Exl3FeedbackTest(unittest.TestCase):
         moments = feedback.Moments(inputs.T @ inputs / 1000)
         weight = torch.randn(out, into, generator=torch.Generator().manual_seed(1))
         weight[:, 5] = 0  # rows of zeros have no scale, and neither has padding
-        arguments = {"bits": bits, "search": ops.search_on(weight.device), "effort": "fast"}
+        arguments = {"bits": bits, "search": encoding.search_on(weight.device), "effort": "fast"}
         plain = output_error(weight, moments, encoder.quantize_weight(weight, **arguments))
         found = feedback.quantize_weight(weight, moments, **arguments)
         self.assertLess(output_error(weight, moments, found), 0.6 * plain)
@@ -96,7 +96,7 @@ class Exl3FeedbackTest(unittest.TestCase):
         inputs = correlated(500, 128)
         moments = feedback.Moments(inputs.T @ inputs / 500)
         weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
-        arguments = {"bits": 2, "search": ops.search_on(weight.device), "effort": "fast"}
+        arguments = {"bits": 2, "search": encoding.search_on(weight.device), "effort": "fast"}
         whole, done = feedback.quantize_weight(weight, moments, **arguments), []
         with mock.patch.object(feedback, "STRIP_COLUMNS", 128), mock.patch.object(encoder, "STRIP_ELEMENTS", 1 << 14):
             parts = feedback.quantize_weight(weight, moments, **arguments, progress=done.append)
@@ -105,7 +105,7 @@ class Exl3FeedbackTest(unittest.TestCase):
 
     def test_inputs_that_are_zero_or_few(self):
         weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
-        arguments = {"bits": 4, "search": ops.search_on(weight.device), "effort": "fast"}
+        arguments = {"bits": 4, "search": encoding.search_on(weight.device), "effort": "fast"}
         inputs = correlated(3, 128)  # of rank 3
         inputs[:, 7] = 0
         for moment in (inputs.T @ inputs / 3, torch.zeros(128, 128)):
@@ -118,7 +118,7 @@ class Exl3FeedbackTest(unittest.TestCase):
         moment = torch.randn(128, 128)
         moment = moment + moment.T
         moment.diagonal().fill_(1)
-        arguments = {"bits": 4, "search": ops.search_on(weight.device), "effort": "fast"}
+        arguments = {"bits": 4, "search": encoding.search_on(weight.device), "effort": "fast"}
         found = feedback.quantize_weight(weight, feedback.Moments(moment), **arguments)
         self.assertLess((weight - ops.dequantize(*found, "mul1")).norm() / weight.norm(), 0.1)
 
@@ -127,7 +127,7 @@ class Exl3FeedbackTest(unittest.TestCase):
         inputs = torch.randn(4000, 128)
         moments = feedback.Moments(inputs.T @ inputs / 4000, 2 * inputs.T @ inputs / 4000)
         weight = torch.randn(128, 128)
-        found = feedback.quantize_weight(weight, moments, 8, search=ops.search_on(weight.device), effort="fast")
+        found = feedback.quantize_weight(weight, moments, 8, search=encoding.search_on(weight.device), effort="fast")
         ratio = (ops.dequantize(*found, "mul1") * weight).sum() / weight.square().sum()
         self.assertAlmostEqual(float(ratio), 1 + feedback.DRIFT, delta=0.05)
 

@@ -32,7 +32,7 @@ from transformers.utils import is_torch_available
 if is_torch_available():
     import torch
 
-    from transformers.integrations.exl3 import format, ops
+    from transformers.integrations.exl3 import format, grouped, ops
     from transformers.integrations.exl3.hadamard import hadamard
     from transformers.integrations.exl3.kernels import cpu
     from transformers.integrations.exl3.kernels.cpu import reference
@@ -479,7 +479,7 @@ class Exl3GroupedLinearTest(unittest.TestCase):
     def test_each_group_has_its_weight(self, sizes, bits, codebook):
         ranges, stacks, weights = self.groups(sizes, bits, codebook)
         x = torch.randn(sum(sizes) + 2, 200)
-        y = ops.grouped_linear(x, ranges, *stacks, 130)
+        y = grouped.grouped_linear(x, ranges, *stacks, 130)
         expected = torch.zeros(x.shape[0], 130)
         for group, weight in enumerate(weights):
             rows = slice(*ranges[group])
@@ -487,7 +487,7 @@ class Exl3GroupedLinearTest(unittest.TestCase):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
         self.assertEqual(y[ranges[-1, 1] :].abs().sum(), 0)
         with patch.object(cpu, "is_available", lambda: False):
-            torch.testing.assert_close(ops.grouped_linear(x, ranges, *stacks, 130), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(grouped.grouped_linear(x, ranges, *stacks, 130), expected, rtol=0, atol=1e-5)
 
     @parameterized.expand(["float32", "bfloat16"])
     def test_a_stack_gives_what_its_layers_give_to_the_byte(self, dtype):
@@ -505,7 +505,7 @@ class Exl3GroupedLinearTest(unittest.TestCase):
         stacks = [tensor[some].repeat_interleave(2, 0)[::2] for tensor in (trellis, suh, svh, bias)]
         by_column = [tensor.T.contiguous().T for tensor in stacks[1:]]  # such scales are not rows
         for codes, others in itertools.product((stacks[0], ops.ordered(stacks[0])), (stacks[1:], by_column)):
-            y = ops.grouped_linear(x, ranges[some], codes, *others, codebook, 130)
+            y = grouped.grouped_linear(x, ranges[some], codes, *others, codebook, 130)
             torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
     def test_gradients(self):
@@ -513,7 +513,7 @@ class Exl3GroupedLinearTest(unittest.TestCase):
         bias = stacks[3].float().requires_grad_()
         x = torch.randn(64, 200, requires_grad=True)
         grad = torch.randn(64, 130)
-        ops.grouped_linear(x, ranges, *stacks[:3], bias, stacks[4], 130).backward(grad)
+        grouped.grouped_linear(x, ranges, *stacks[:3], bias, stacks[4], 130).backward(grad)
         expected, of_bias = torch.zeros(64, 200), torch.zeros(3, 256)
         for group, weight in enumerate(weights):
             rows = slice(*ranges[group])
@@ -525,23 +525,23 @@ class Exl3GroupedLinearTest(unittest.TestCase):
     def test_is_an_operator(self):
         ranges, stacks, _ = self.groups([2, 1])
         x = torch.randn(4, 200, requires_grad=True)
-        torch.library.opcheck(ops.grouped_linear, (x, ranges, *stacks, 130))
+        torch.library.opcheck(grouped.grouped_linear, (x, ranges, *stacks, 130))
         grad = torch.randn(4, 130)
-        torch.library.opcheck(ops.grouped_linear_input_grad, (grad, ranges, *stacks[:3], stacks[4], 200))
+        torch.library.opcheck(grouped.grouped_linear_input_grad, (grad, ranges, *stacks[:3], stacks[4], 200))
 
     def test_sizes_that_do_not_fit_are_an_error(self):
         ranges, stacks, _ = self.groups([2, 1])
         with self.assertRaisesRegex(
             ValueError, r"the input is torch.float32 \[3, 100\], the quantized weight has 256"
         ):
-            ops.grouped_linear(torch.randn(3, 100), ranges, *stacks, 130)
+            grouped.grouped_linear(torch.randn(3, 100), ranges, *stacks, 130)
         for index in range(4):
             fewer = [tensor[:1] if i == index else tensor for i, tensor in enumerate(stacks[:4])]
             with self.assertRaisesRegex(ValueError, r"ranges, trellis, suh, svh and bias of .* are of no stack"):
-                ops.grouped_linear(torch.randn(3, 200), ranges, *fewer, stacks[4], 130)
+                grouped.grouped_linear(torch.randn(3, 200), ranges, *fewer, stacks[4], 130)
         for wrong in ([0, 2], [[0, 2]], [[0.0, 1.0], [1.0, 2.0]]):
             with self.assertRaisesRegex(ValueError, "are of no stack"):
-                ops.grouped_linear(torch.randn(3, 200), torch.tensor(wrong), *stacks, 130)
+                grouped.grouped_linear(torch.randn(3, 200), torch.tensor(wrong), *stacks, 130)
 
     def test_ranges_that_are_none_are_an_error(self):
         _, stacks, _ = self.groups([2, 1])
@@ -550,7 +550,7 @@ class Exl3GroupedLinearTest(unittest.TestCase):
             for is_available in (True, False):
                 with patch.object(cpu, "is_available", lambda: is_available):
                     with self.assertRaisesRegex(ValueError, "ranges"):
-                        ops.grouped_linear(x, torch.tensor(wrong), *stacks, 130)
+                        grouped.grouped_linear(x, torch.tensor(wrong), *stacks, 130)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from transformers.utils import is_torch_available
 if is_torch_available():
     import torch
 
-    from transformers.integrations.exl3 import ops
+    from transformers.integrations.exl3 import encoding
 
     from .synthetic import SyntheticCheckpoint, read_tensors, save_quantized
     from .tiny_models import tiny_inputs, tiny_model
@@ -304,7 +304,7 @@ class Exl3FaultsTest(unittest.TestCase):
             self.assertEqual(sorted(os.listdir(folder)), sorted(names))
 
     def test_interrupted_quantizing_is_begun_again(self):
-        calls, encode = 0, ops.encode_with_progress
+        calls, encode = 0, encoding.encode_with_progress
 
         def encode_until_interrupted(*args):
             nonlocal calls
@@ -317,7 +317,7 @@ class Exl3FaultsTest(unittest.TestCase):
             tiny_model("llama")[0].save_pretrained(folder)
             config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp", "lm_head"])
             expected = load(folder, quantization_config=config).state_dict()
-            with patch.object(ops, "encode_with_progress", encode_until_interrupted):
+            with patch.object(encoding, "encode_with_progress", encode_until_interrupted):
                 self.assertRaises(KeyboardInterrupt, load, folder, quantization_config=config)
             self.assertEqual(calls, 5)
             found = load(folder, quantization_config=config).state_dict()

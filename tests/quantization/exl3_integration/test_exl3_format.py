@@ -27,7 +27,7 @@ if is_torch_available():
     import torch
     from safetensors import safe_open
 
-    from transformers.integrations.exl3 import format, ops
+    from transformers.integrations.exl3 import encoding, format, grouped, ops
     from transformers.integrations.exl3.hadamard import hadamard
 
     from .synthetic import random_linear
@@ -380,7 +380,7 @@ class Exl3OperatorsTest(unittest.TestCase):
         stacks = [torch.stack((tensor, tensor)) for tensor in (trellis, suh, svh)]
         x, ranges = torch.randn(5, 256), torch.tensor([[0, 2], [2, 5]])
         with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
-            ops.grouped_linear(x, ranges, stacks[0].to("meta"), *stacks[1:], None, codebook, 128)
+            grouped.grouped_linear(x, ranges, stacks[0].to("meta"), *stacks[1:], None, codebook, 128)
 
     def test_an_embedding_refuses_what_does_not_fit(self):
         table, _ = read_vector("embed_ring_k4_6x640")
@@ -440,5 +440,5 @@ class Exl3OperatorsTest(unittest.TestCase):
         table, _ = read_vector("embed_ring_k4_6x640")
         ids = torch.tensor([[5, 0], [3, 3]])
         torch.library.opcheck(ops.embedding, (ids, table["trellis"], table["signs"], 640))
-        torch.library.opcheck(ops.encode, (torch.randn(100, 130), 1, "mul1", 7))
-        torch.library.opcheck(ops.encode_embedding, (torch.randn(3, 300), 1, 7))
+        torch.library.opcheck(encoding.encode, (torch.randn(100, 130), 1, "mul1", 7))
+        torch.library.opcheck(encoding.encode_embedding, (torch.randn(3, 300), 1, 7))

@@ -29,7 +29,7 @@ from unittest.mock import patch
 import torch
 from parameterized import parameterized
 
-from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3 import encoding, format, ops
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import require_torch, slow
 
@@ -146,7 +146,7 @@ class Exl3NumericsTest(unittest.TestCase):
         for exponent in range(-30, 31, 3):
             scaled = weight * 10.0**exponent
             try:
-                trellis, suh, svh = ops.encode(scaled, 4, "mul1", 0)
+                trellis, suh, svh = encoding.encode(scaled, 4, "mul1", 0)
             except ValueError as error:
                 self.assertRegex(str(error), "too large for fp16")
                 self.assertGreater(exponent, 8)

@@ -24,7 +24,7 @@ from parameterized import parameterized
 from torch.testing import assert_close
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM
-from transformers.integrations.exl3 import ops, progress
+from transformers.integrations.exl3 import encoding, ops, progress
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import require_accelerate, require_torch
 
@@ -96,7 +96,7 @@ class Exl3ProgressTest(unittest.TestCase):
 
     @unittest.skipUnless(ops.cpu.is_available(), "needs the compiled kernels")
     def test_a_device_without_a_search_has_tiles_searched_on_the_cpu(self):
-        search_on_host = ops.search_on(torch.device("mps"))
+        search_on_host = encoding.search_on(torch.device("mps"))
         tiles = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
         assert_close(search_on_host(tiles, 2, "mul1"), ops.cpu.search(tiles, 2, "mul1"), rtol=0, atol=0)
         progress.Progress(10**9, 4, "mul1", "default").check(torch.device("mps"))

@@ -24,7 +24,7 @@ from parameterized import parameterized
 from safetensors.torch import load_file
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig, Trainer, TrainingArguments
-from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3 import encoding, format
 from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import (
@@ -188,7 +188,9 @@ class Exl3AcceleratorTest(unittest.TestCase):
 
     def test_quantizing_gives_the_same_bytes(self):
         weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
-        for here, there in zip(ops.encode(weight, 2, "mul1", 1), ops.encode(weight.to(torch_device), 2, "mul1", 1)):
+        for here, there in zip(
+            encoding.encode(weight, 2, "mul1", 1), encoding.encode(weight.to(torch_device), 2, "mul1", 1)
+        ):
             self.assertTrue(torch.equal(here, there.cpu()))
 
     def test_generates_with_a_compiled_static_cache(self):

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from parameterized import parameterized
 
-from transformers.integrations.exl3 import format, ops, search
+from transformers.integrations.exl3 import encoding, format, grouped, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels import cpu
 from transformers.integrations.exl3.kernels.triton import gpu
@@ -269,7 +269,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         x, ranges = layers[0].inputs(7), torch.tensor([[0, 4], [4, 4], [4, 6]])
 
         def run():
-            return ops.grouped_linear(x, ranges, *stack_of(layers), "mul1", 100)
+            return grouped.grouped_linear(x, ranges, *stack_of(layers), "mul1", 100)
 
         expected = run()
         with mock.patch.object(gpu, "is_available", lambda device: True):
@@ -364,7 +364,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
     def test_the_operator_of_encoding(self):
         """`exl3::encode` with the search of this door, whose kernel is another one here to save time."""
         weight = Layer(200, 100).inputs(100)
-        expected = ops.encode(weight, 3, "mul1", 5)
+        expected = encoding.encode(weight, 3, "mul1", 5)
         other = cpu._search_kernel if cpu.is_available() else search.reference_kernel
         self.addCleanup(gpu.has_search.cache_clear)
         with (
@@ -372,7 +372,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
             mock.patch.object(triton_search, "kernel", lambda *args: other(*args[:-1])),
             mock.patch.object(gpu, "search", wraps=gpu.search) as found,
         ):
-            self.assertTrue(all(map(torch.equal, ops.encode(weight, 3, "mul1", 5), expected)))
+            self.assertTrue(all(map(torch.equal, encoding.encode(weight, 3, "mul1", 5), expected)))
         self.assertGreater(found.call_count, 1)
 
     def test_no_rows_and_more_dimensions(self):

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from parameterized import parameterized
 
-from transformers.integrations.exl3 import encoder, format, ops, search
+from transformers.integrations.exl3 import encoder, encoding, format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
 from transformers.integrations.exl3.kernels import cpu
 from transformers.integrations.exl3.kernels.triton import gpu
@@ -271,9 +271,9 @@ class Exl3TritonGpuTest(unittest.TestCase):
     def test_quantized_weights_have_the_bytes_of_the_cpu(self):
         """What surrounds the search, too: elementwise operations in a fixed order, each of them rounded as IEEE 754 says."""
         weight = torch.randn(1000, 700, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-        expected = ops.encode(weight, 3, "mul1", 7)
+        expected = encoding.encode(weight, 3, "mul1", 7)
         with mock.patch.object(encoder, "search_reference", side_effect=AssertionError("the reference was used")):
-            found = ops.encode(weight.to(torch_device), 3, "mul1", 7)
+            found = encoding.encode(weight.to(torch_device), 3, "mul1", 7)
         for ours, theirs in zip(found, expected):
             self.assertTrue(torch.equal(ours.cpu(), theirs))
 
@@ -282,11 +282,11 @@ class Exl3TritonGpuTest(unittest.TestCase):
         from transformers.integrations.exl3.kernels.triton import search as triton_search
 
         weight = torch.randn(4096, 4096, dtype=torch.bfloat16, device=torch_device)
-        ops.encode(weight[:128], 4, "mul1", 0)
+        encoding.encode(weight[:128], 4, "mul1", 0)
         for bits in (1, 4, 8):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            ops.encode(weight, bits, "mul1", 0)
+            encoding.encode(weight, bits, "mul1", 0)
             strip = encoder.ACCELERATOR_STRIP_ELEMENTS * torch.float64.itemsize
             limit = triton_search.SCRATCH_BYTES + 12 * strip + weight.numel() * bits // 8
             self.assertLess(torch.cuda.max_memory_allocated() - before, limit)

@@ -101,7 +101,7 @@ class Layer:
 
 
 def grouped_linear(layers, x, bounds):
-    """What `ops.grouped_linear` has the kernels compute with `layers`, all of one kind."""
+    """What `grouped.grouped_linear` has the kernels compute with `layers`, all of one kind."""
     return gpu.grouped_linear(x, bounds.unfold(0, 2, 1), *stack_of(layers), layers[0].codebook, layers[0].out_features)
 
 

@@ -16,7 +16,7 @@
 import torch
 from torch import nn
 
-from . import format, ops
+from . import encoding, format, ops
 from .modules import Exl3Module, whole, words
 
 
@@ -83,10 +83,10 @@ class Exl3Embedding(Exl3Module):
         return ops.embedding(ids, words(self.trellis), self.signs, self.embedding_dim)
 
     def encoded(self, weight: torch.Tensor, seed: int, effort: str, progress=None) -> dict[str, torch.Tensor]:
-        """What stores `weight` `[num_embeddings, embedding_dim]` here: tensors by name. Arguments as of `ops.encode_embedding`."""
+        """What stores `weight` `[num_embeddings, embedding_dim]` here: tensors by name. Arguments as of `encoding.encode_embedding`."""
         bits = format.embedding_bits(self.trellis, self.signs)
         return dict(
-            zip(("trellis", "signs"), ops.encode_embedding_with_progress(weight, bits, seed, effort, progress))
+            zip(("trellis", "signs"), encoding.encode_embedding_with_progress(weight, bits, seed, effort, progress))
         )
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> "Exl3Embedding":

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from . import format, ops
+from . import format, grouped
 from .modules import Exl3Linear, Exl3Module
 
 
@@ -65,7 +65,7 @@ class Exl3StackedLinear(Exl3Module):
         if len(self.members) < len(ranges):
             is_here = self._numbers.device == ranges.device  # and not where the weights are offloaded to
             ranges = ranges[self._numbers if is_here else torch.tensor(self.members, device=ranges.device)]
-        return ops.grouped_linear_directly(
+        return grouped.grouped_linear_directly(
             x, ranges, self.codes, *self.scales, self.bias, self.codebook, self.out_features
         )
 

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from . import format, ops
+from . import encoding, format, ops
 from .weight import DequantizedWeight
 
 
@@ -285,8 +285,8 @@ class Exl3Linear(Exl3Module, nn.Linear):
     def encoded(
         self, weight: torch.Tensor, seed: int, effort: str, progress=None, moments=None
     ) -> dict[str, torch.Tensor]:
-        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `ops.encode_with_progress`."""
-        tensors = ops.encode_with_progress(weight, self.bits, self.codebook, seed, effort, progress, moments)
+        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `encoding.encode_with_progress`."""
+        tensors = encoding.encode_with_progress(weight, self.bits, self.codebook, seed, effort, progress, moments)
         stored = dict(zip(("trellis", "suh", "svh"), tensors))
         if self.codebook in format.MARKERS:
             stored[self.codebook] = format.marker(self.codebook).to(weight.device)

@@ -18,11 +18,8 @@ The operators of EXL3, registered with `torch.library`, and the choice of what c
 |-----------------------------|-----------------------------------------------------------------------------------|
 | `exl3::linear`              | `y = x @ W + bias` for a quantized `W`, differentiable in `x`                      |
 | `exl3::linear_input_grad`   | its gradient in `x`, `g @ W.T`                                                    |
-| `exl3::grouped_linear`      | the same for groups of rows, each with a `W` of its own: experts                  |
 | `exl3::dequantize`          | the weight as `nn.Linear` keeps it, `[out, in]`                                   |
 | `exl3::embedding`           | rows of a quantized embedding table                                               |
-| `exl3::encode`              | trellis and scales of a weight                                                    |
-| `exl3::encode_embedding`    | rings and signs of an embedding table                                             |
 
 `W = diag(suh) B inner B diag(svh)` with the names of `format.py`. Activations are rotated instead of weights, products are
 accumulated in fp32, and a large `inner` is decoded in strips, so that no operator holds a dense copy of a weight.
@@ -31,11 +28,9 @@ What computes them: the Triton kernels of `kernels/triton` on GPUs, the compiled
 these are missing plain torch, which defines what they all compute.
 """
 
-from collections.abc import Callable
-
 import torch
 
-from . import encoder, feedback, format
+from . import format
 from .hadamard import hadamard
 from .kernels import cpu
 from .kernels.triton import gpu
@@ -48,7 +43,7 @@ STRIP_ELEMENTS = 1 << 22
 FEW_ROWS = 48
 
 
-def _is_compiled(tensor: torch.Tensor) -> bool:
+def is_compiled(tensor: torch.Tensor) -> bool:
     """Whether the compiled kernels of the CPU compute what `tensor` is the input of."""
     return tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES and cpu.is_available()
 
@@ -65,7 +60,7 @@ def _decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.T
 def _rotate(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`hadamard(x * scale)` for `x` `[rows, n]` padded with zeros to the size of `scale`, in the dtype to multiply in."""
     dtype = _product_dtype(x)
-    if _is_compiled(x):
+    if is_compiled(x):
         return cpu.rotate(x, before=scale, out=x.new_empty(x.shape[0], scale.shape[0], dtype=dtype))
     padded = torch.nn.functional.pad(x.float(), (0, scale.shape[0] - x.shape[1]))
     return hadamard(padded * scale.float()).to(dtype)
@@ -73,7 +68,7 @@ def _rotate(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _rotate_back(product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor):
     """Write `hadamard(product) * scale + bias` to `out`, cut to its width; `bias` is as long as that is wide."""
-    if _is_compiled(product) and out.dtype in cpu.DTYPES:
+    if is_compiled(product) and out.dtype in cpu.DTYPES:
         cpu.rotate(product, after=scale, bias=bias, out=out)
         return
     y = (hadamard(product.float()) * scale.float())[:, : out.shape[1]]
@@ -133,7 +128,7 @@ def _check_weight(trellis, suh, svh):
         )
 
 
-def _check_product(x, trellis, suh, svh, bias, out_features, is_transposed=False):
+def check_product(x, trellis, suh, svh, bias, out_features, is_transposed=False):
     """Raise `ValueError` where `x` cannot be multiplied by a quantized weight to `out_features`."""
     _check_weight(trellis, suh, svh)
     into, out = (svh.shape[0], suh.shape[0]) if is_transposed else (suh.shape[0], svh.shape[0])
@@ -175,19 +170,19 @@ def linear(
     Raises:
         `ValueError`: Where the tensors do not fit each other.
     """
-    _check_product(x, trellis, suh, svh, bias, out_features)
+    check_product(x, trellis, suh, svh, bias, out_features)
     if gpu.is_available(x.device):
         return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_empty(*x.shape[:-1], out_features)
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
-    if rows.shape[0] <= FEW_ROWS and _is_compiled(x):
+    if rows.shape[0] <= FEW_ROWS and is_compiled(x):
         cpu.linear([(rows, trellis, suh, svh, bias, codebook)], [out])
     else:
-        _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out)
+        multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out)
     return y
 
 
-def _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
+def multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
     """`linear` for `rows` `[rows, in_features]` into `out` `[rows, out_features]`, by matrix products of decoded strips."""
     rotated = _rotate(rows, suh)
     for strip in _strips(trellis.shape[1], trellis.shape[0]):
@@ -196,7 +191,7 @@ def _multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out):
         _rotate_back(product, svh[columns], None if bias is None else bias[: out.shape[1]][columns], out[:, columns])
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something is to see which operators are called: a compiler, tracer, profiler, mode or transform."""
     return (
         torch.compiler.is_compiling()
@@ -221,7 +216,7 @@ class DirectLinear:
     def __call__(self, x, trellis, suh, svh, bias, codebook, in_features, out_features) -> torch.Tensor | None:
         """Arguments as of `linear`. None where that is to be called instead."""
         if (
-            _is_watched()
+            is_watched()
             or type(x) is not torch.Tensor
             or not x.is_cpu
             or x.dtype not in cpu.DTYPES
@@ -262,14 +257,14 @@ def linear_input_grad(
     in_features: int,
 ) -> torch.Tensor:
     """The gradient of `linear` in its input: `grad` `[..., out_features]` to `[..., in_features]`, in the dtype of `grad`."""
-    _check_product(grad, trellis, suh, svh, None, in_features, is_transposed=True)
+    check_product(grad, trellis, suh, svh, None, in_features, is_transposed=True)
     rows = grad.reshape(-1, grad.shape[-1])
     x = rows.new_empty(rows.shape[0], in_features)
-    _multiply_transposed(rows, trellis, suh, svh, codebook, x)
+    multiply_transposed(rows, trellis, suh, svh, codebook, x)
     return x.view(*grad.shape[:-1], in_features)
 
 
-def _multiply_transposed(rows, trellis, suh, svh, codebook, x):
+def multiply_transposed(rows, trellis, suh, svh, codebook, x):
     """`linear_input_grad` for `rows` `[rows, out_features]` into `x` `[rows, in_features]`."""
     rotated = _rotate(rows, svh)
     for strip in _strips(*trellis.shape[:2]):
@@ -303,154 +298,6 @@ def _linear_backward(ctx, grad):
 
 
 linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
-
-
-def _check_stack(x, ranges, trellis, suh, svh, bias, out_features, is_transposed=False):
-    """Raise `ValueError` where `x` cannot be multiplied by stacked quantized weights to `out_features`."""
-    counts = [tensor.shape[0] for tensor in (ranges, trellis, suh, svh, bias) if tensor is not None and tensor.dim()]
-    if len(set(counts)) > 1 or trellis.dim() != 4 or ranges.shape[1:] != (2,) or ranges.is_floating_point():
-        shapes = [None if tensor is None else [*tensor.shape] for tensor in (ranges, trellis, suh, svh, bias)]
-        raise ValueError(
-            f"EXL3 grouped linear: ranges, trellis, suh, svh and bias of {shapes} are of no stack of weights"
-        )
-    if x.dim() != 2:
-        raise ValueError(f"EXL3 grouped linear: the input is {[*x.shape]}, not [rows, features]")
-    if counts[0]:
-        one = None if bias is None else bias[0]
-        _check_product(x, trellis[0], suh[0], svh[0], one, out_features, is_transposed)
-
-
-@torch.library.custom_op("exl3::grouped_linear", mutates_args=())
-def grouped_linear(
-    x: torch.Tensor,
-    ranges: torch.Tensor,
-    trellis: torch.Tensor,
-    suh: torch.Tensor,
-    svh: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    out_features: int,
-) -> torch.Tensor:
-    """
-    The products of groups of rows, each group with its own quantized weight out of a stack: of the experts of a mixture.
-
-    Args:
-        x (`torch.Tensor`): `[rows, in_features]`, floating, the rows of a group next to each other.
-        ranges (`torch.Tensor`): Integer `[groups, 2]`: rows `ranges[g, 0]` to `ranges[g, 1]` are those of group `g`.
-        trellis (`torch.Tensor`): int16 `[groups, in/16, out/16, 16K]`.
-        suh (`torch.Tensor`): `[groups, in]`.
-        svh (`torch.Tensor`): `[groups, out]`.
-        bias (`torch.Tensor`, *optional*): `[groups, out_features]` or more.
-        codebook (`str`): One of `format.CODEBOOKS`.
-        out_features (`int`): Output features without their padding.
-
-    Returns:
-        `torch.Tensor`: `[rows, out_features]`, of the dtype of `x`, with zeros in rows that are of no group.
-
-    Raises:
-        `ValueError`: Where the tensors do not fit each other.
-    """
-    return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-
-
-def grouped_linear_directly(x, ranges, trellis, suh, svh, bias, codebook, out_features) -> torch.Tensor:
-    """`grouped_linear`, without the dispatcher where on the CPU the result is all that is asked for."""
-    tensors = [tensor for tensor in (x, ranges, trellis, suh, svh, bias) if tensor is not None]
-    if (
-        _is_watched()
-        or not all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    ):
-        return grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-    return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-
-
-def _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features):
-    _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
-    suh, svh, bias = map(_as_rows, (suh, svh, bias))
-    if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
-        return gpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-    y = x.new_zeros(x.shape[0], out_features)
-    few = FEW_ROWS if _is_compiled(x) else 0
-    if few:
-        cpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, y, few)
-        if x.shape[0] <= few:
-            return y
-    for group, rows in _groups(ranges, x.shape[0]):
-        if rows.stop - rows.start > few:
-            layer = (trellis[group], suh[group], svh[group], None if bias is None else bias[group], codebook)
-            if gpu.is_available(x.device):
-                y[rows] = gpu.linear(x[rows], *layer, out_features)
-            else:
-                _multiply_in_strips(x[rows], *layer, y[rows])
-    return y
-
-
-@grouped_linear.register_fake
-def _(x, ranges, trellis, suh, svh, bias, codebook, out_features):
-    gpu.check_devices(x, ranges, trellis, suh, svh, bias)
-    return x.new_empty(x.shape[0], out_features)
-
-
-@torch.library.custom_op("exl3::grouped_linear_input_grad", mutates_args=())
-def grouped_linear_input_grad(
-    grad: torch.Tensor,
-    ranges: torch.Tensor,
-    trellis: torch.Tensor,
-    suh: torch.Tensor,
-    svh: torch.Tensor,
-    codebook: str,
-    in_features: int,
-) -> torch.Tensor:
-    """The gradient of `grouped_linear` in its input: `grad` `[rows, out_features]` to `[rows, in_features]`."""
-    _check_stack(grad, ranges, trellis, suh, svh, None, in_features, is_transposed=True)
-    suh, svh = map(_as_rows, (suh, svh))
-    x = grad.new_zeros(grad.shape[0], in_features)
-    for group, rows in _groups(ranges, grad.shape[0]):
-        _multiply_transposed(grad[rows], trellis[group], suh[group], svh[group], codebook, x[rows])
-    return x
-
-
-@grouped_linear_input_grad.register_fake
-def _(grad, ranges, trellis, suh, svh, codebook, in_features):
-    gpu.check_devices(grad, ranges, trellis, suh, svh)
-    return grad.new_empty(grad.shape[0], in_features)
-
-
-def _as_rows(stack: torch.Tensor | None) -> torch.Tensor | None:
-    """A stack of scales or biases with the numbers of each group next to each other, as all kernels read them."""
-    return stack if stack is None or stack.stride(-1) == 1 else stack.contiguous()
-
-
-def _groups(ranges: torch.Tensor, rows: int) -> list[tuple[int, slice]]:
-    """The groups that have rows, with these."""
-    found = ranges.tolist()
-    ends = sorted(end for pair in found for end in pair)
-    if any(start > stop for start, stop in found) or (ends and not 0 <= ends[0] <= ends[-1] <= rows):
-        raise ValueError(f"EXL3 grouped linear: {found} are no ranges among {rows} rows")
-    return [(group, slice(start, stop)) for group, (start, stop) in enumerate(found) if start < stop]
-
-
-def _save_for_grouped_backward(ctx, inputs, output):
-    x, ranges, trellis, suh, svh, bias, codebook, _ = inputs
-    ctx.save_for_backward(ranges, trellis, suh, svh)
-    ctx.codebook, ctx.in_features = codebook, x.shape[-1]
-    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-
-
-def _grouped_linear_backward(ctx, grad):
-    ranges, *tensors = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grouped_linear_input_grad(grad.contiguous(), ranges, *tensors, ctx.codebook, ctx.in_features)
-    if ctx.needs_input_grad[5]:
-        shape, dtype = ctx.bias
-        sums = torch.nn.functional.pad(grad.double().cumsum(0), (0, shape[1] - grad.shape[1], 1, 0))
-        grad_bias = (sums[ranges[:, 1]] - sums[ranges[:, 0]]).to(dtype)
-    return grad_x, None, None, None, None, grad_bias, None, None
-
-
-grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_for_grouped_backward)
 
 
 @torch.library.custom_op("exl3::dequantize", mutates_args=())
@@ -523,82 +370,3 @@ def embedding(ids: torch.Tensor, trellis: torch.Tensor, signs: torch.Tensor, emb
 def _(ids, trellis, signs, embedding_dim):
     gpu.check_devices(ids, trellis, signs)
     return torch.empty(*ids.shape, embedding_dim, dtype=torch.float32, device=trellis.device)
-
-
-@torch.library.custom_op("exl3::encode", mutates_args=())
-def encode(
-    weight: torch.Tensor, bits: float, codebook: str, seed: int, effort: str = "default"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Quantize a weight without data.
-
-    Args:
-        weight (`torch.Tensor`): `[out_features, in_features]`, floating, of any size.
-        bits (`float`): Bits per weight, one of `format.BITS`.
-        codebook (`str`): One of `format.CODEBOOKS`.
-        seed (`int`): Of the random signs.
-        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
-
-    Returns:
-        `tuple(torch.Tensor)`: `trellis` int16 `[in/16, out/16, 16K]`, `suh` fp16 `[in]` and `svh` fp16 `[out]`.
-    """
-    return encode_with_progress(weight, bits, codebook, seed, effort)
-
-
-@encode.register_fake
-def _(weight, bits, codebook, seed, effort="default"):
-    out, into = (format.padded(features) for features in weight.shape)
-    trellis = weight.new_empty(into // format.TILE, out // format.TILE, int(bits * format.TILE), dtype=torch.int16)
-    return trellis, weight.new_empty(into, dtype=torch.float16), weight.new_empty(out, dtype=torch.float16)
-
-
-def encode_with_progress(weight, bits, codebook, seed, effort="default", progress=None, moments=None):
-    """`encode`, calling `progress(n)` whenever `n` more weights are done; with the `Moments` of inputs as feedback.py has it."""
-    search = search_on(weight.device)
-    if moments is None:
-        return encoder.quantize_weight(weight, bits, codebook, seed, effort, search, progress)
-    return feedback.quantize_weight(weight, moments, bits, codebook, seed, effort, search, progress)
-
-
-@torch.library.custom_op("exl3::encode_embedding", mutates_args=())
-def encode_embedding(
-    weight: torch.Tensor, bits: int, seed: int, effort: str = "default"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Quantize an embedding table without data.
-
-    Args:
-        weight (`torch.Tensor`): `[vocab, hidden]`, floating.
-        bits (`int`): Bits per element, from 1 to 8.
-        seed (`int`): Of the random signs.
-        effort (`str`, *optional*, defaults to `"default"`): One of `search.EFFORTS`.
-
-    Returns:
-        `tuple(torch.Tensor)`: `trellis` int16 `[vocab, G(1+16K)]` and `signs` fp16 `[G, 256]`, as `embedding` takes them.
-    """
-    return encode_embedding_with_progress(weight, bits, seed, effort)
-
-
-@encode_embedding.register_fake
-def _(weight, bits, seed, effort="default"):
-    groups = -(-weight.shape[1] // format.EMBEDDING_GROUP)
-    trellis = weight.new_empty(weight.shape[0], groups * (1 + format.TILE * bits), dtype=torch.int16)
-    return trellis, weight.new_empty(groups, format.EMBEDDING_GROUP, dtype=torch.float16)
-
-
-def encode_embedding_with_progress(weight, bits, seed, effort="default", progress=None):
-    """`encode_embedding`, calling `progress(n)` whenever `n` more elements are done."""
-    return encoder.quantize_embedding(weight, bits, seed, effort, search_on(weight.device), progress)
-
-
-def search_on(device: torch.device) -> Callable:
-    """The fastest search for tiles on `device` that there is, with the signature and the states of `search.search_reference`."""
-    if gpu.is_available(device) and gpu.has_search(device):
-        return gpu.search
-    if not cpu.is_available():
-        return encoder.search_reference
-    return cpu.search if device.type == "cpu" else _search_on_host
-
-
-def _search_on_host(tiles, bits, codebook, effort="default"):
-    return cpu.search(tiles.cpu(), bits, codebook, effort).to(tiles.device)

@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 
 from ...utils import logging
-from . import format, ops
+from . import encoding, format
 from .search import search_reference
 
 
@@ -48,7 +48,7 @@ class Progress:
 
     def check(self, device: torch.device):
         """Raise `RuntimeError` where weights on `device` would take too long: where no kernel searches the trellis."""
-        if self.weights <= REFERENCE_WEIGHTS or ops.search_on(device) is not search_reference:
+        if self.weights <= REFERENCE_WEIGHTS or encoding.search_on(device) is not search_reference:
             return
         seconds = self.weights * _seconds_per_weight(device, self.bits, self.codebook, self.effort)
         raise RuntimeError(

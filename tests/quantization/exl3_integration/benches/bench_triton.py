@@ -33,7 +33,7 @@ from unittest import mock
 import torch
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
-from transformers.integrations.exl3 import format, ops, search
+from transformers.integrations.exl3 import encoding, format, search
 from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.integrations.exl3.modules import Exl3Linear
@@ -183,7 +183,7 @@ def encoder_table(device, size, rates, efforts, tiles=None):
         some *= search.INPUT_RMS["mul1"][bits]
         calls = [lambda: gpu.search(some, bits, "mul1", effort)]
         if not tiles:
-            calls.append(lambda: ops.encode(weight, bits, "mul1", 0, effort))
+            calls.append(lambda: encoding.encode(weight, bits, "mul1", 0, effort))
         seconds = timer.compare(*calls, rounds=3)
         alone, *whole = [count / each / 1e6 for count, each in zip((some.numel(), weight.numel()), seconds)]
         quantizing = f"{whole[0]:.2f}" if whole else "-"

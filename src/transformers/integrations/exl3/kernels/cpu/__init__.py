@@ -254,7 +254,7 @@ def grouped_linear(
     """Products of groups of rows and stacked quantized weights, of all groups on all threads together.
 
     Args:
-        x, ranges, trellis, suh, svh, bias, codebook: As in `ops.grouped_linear`, on sizes that fit each other.
+        x, ranges, trellis, suh, svh, bias, codebook: As in `grouped.grouped_linear`, on sizes that fit each other.
         out (`torch.Tensor`): `[rows, out_features]`, rows contiguous each, of `x`'s dtype. Written in rows of groups.
         most (`int`): Groups of more rows are left out.
 
