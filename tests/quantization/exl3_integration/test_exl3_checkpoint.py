@@ -36,8 +36,13 @@ if is_torch_available():
 
     from transformers.core_model_loading import PermuteForRope, WeightConverter
     from transformers.integrations.exl3.architecture import check_architecture
-    from transformers.integrations.exl3.checkpoint import Exl3CheckpointError, read_checkpoint
-    from transformers.integrations.exl3.modules import Exl3Module
+    from transformers.integrations.exl3.checkpoint import (
+        Exl3CheckpointError,
+        cut_columns,
+        join_columns,
+        read_checkpoint,
+    )
+    from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module
 
     from .synthetic import random_linear, read_tensors
     from .tiny_models import tiny_model
@@ -572,6 +577,25 @@ class Exl3ReadCheckpointTest(unittest.TestCase):
             self.assertEqual((tensor.shape, tensor.dtype), (expected[name].shape, expected[name].dtype))
         quantized = {f"{module}.{leaf}" for module, tensors in found.linears.items() for leaf in tensors}
         self.assertEqual(quantized | set(found.others), set(expected))
+
+    @parameterized.expand([("scales", ()), ("packed_signs", ("su", "sv"))])
+    def test_what_is_cut_by_columns_is_joined_again(self, _, signs):
+        bias = torch.randn(400, generator=torch.Generator().manual_seed(0)).half()
+        tensors, weight = random_linear(400, 128, bias=bias, signs=signs)
+        columns = [range(0, 96), range(96, 112), range(112, 400)]
+        parts = [cut_columns(tensors, own) for own in columns]
+        for part, own in zip(parts, columns):
+            layer = Exl3Linear(128, len(own), part, skipped=own.start % 128)
+            torch.testing.assert_close(layer.dequantized("weight"), weight[own.start : own.stop], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(layer.dequantized("bias"), bias[own.start : own.stop], rtol=0, atol=0)
+        joined = join_columns(parts, columns)
+        self.assertEqual(joined.keys(), tensors.keys())
+        for leaf, tensor in tensors.items():
+            torch.testing.assert_close(joined[leaf], tensor, rtol=0, atol=0)
+        for leaf in parts[1]:  # of the block that all of them share
+            odd = {**parts[1], leaf: parts[1][leaf] + 1}
+            self.assertIsNone(join_columns([parts[0], odd, parts[2]], columns), leaf)
+        self.assertIsNone(join_columns([parts[0], {}, parts[2]], columns))
 
     def test_embedding_tables_are_told_by_their_signs(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -214,8 +214,16 @@ class Exl3ConvertedTest(unittest.TestCase):
         with torch.no_grad():
             torch.testing.assert_close(loaded(IDS).logits, quantized(IDS).logits, rtol=0, atol=0)
 
-    def test_parts_of_a_model_that_are_one_layer_in_the_checkpoint_are_cut_out_of_it(self):
-        linear = {"linear_key_head_dim": 32, "linear_value_head_dim": 64, "linear_num_key_heads": 4}
+    @parameterized.expand(
+        [
+            ("in_blocks", 128, 256),
+            ("across_blocks", 2 * 48, 4 * 48),  # Olmo-Hybrid 7B: 2880, 2880 and 5760
+            ("within_a_block", 4 * 12, 4 * 12),
+            ("padded", 80, 176),
+        ]
+    )
+    def test_parts_of_a_model_that_are_one_layer_in_the_checkpoint_are_cut_out_of_it(self, _, key, value):
+        linear = {"linear_key_head_dim": key // 4, "linear_value_head_dim": value // 4, "linear_num_key_heads": 4}
         config = OlmoHybridConfig(
             **{**TEXT, "num_key_value_heads": 4},
             **linear,
@@ -223,11 +231,12 @@ class Exl3ConvertedTest(unittest.TestCase):
             layer_types=["linear_attention", "full_attention"],
         )
         checkpoint = SyntheticCheckpoint(random_model(config))
+        checkpoint.quantize_all("up_proj")
         prefix = "model.layers.0.linear_attn"
-        tensors, weight = random_linear(512, 128, seed=5)
-        for part, rows in (("q_proj", slice(0, 128)), ("k_proj", slice(128, 256)), ("v_proj", slice(256, 512))):
-            del checkpoint.tensors[f"{prefix}.{part}.weight"]
-            checkpoint.dense[f"{prefix}.{part}.weight"] = weight[rows].contiguous()
+        tensors, weight = random_linear(2 * key + value, 128, seed=5)
+        for part, rows in zip("qkv", weight.split([key, key, value])):
+            del checkpoint.tensors[f"{prefix}.{part}_proj.weight"]
+            checkpoint.dense[f"{prefix}.{part}_proj.weight"] = rows.contiguous()
         checkpoint.tensors |= {f"{prefix}.in_proj_qkv.{leaf}": tensor for leaf, tensor in tensors.items()}
         parts = [f"{prefix}.{part}_conv1d.weight" for part in "qkv"]
         checkpoint.tensors[f"{prefix}.None.weight"] = torch.cat([checkpoint.tensors.pop(part) for part in parts])
@@ -236,9 +245,19 @@ class Exl3ConvertedTest(unittest.TestCase):
         again = read_tensors(os.path.join(self.folder, "again"))
         for leaf, tensor in tensors.items():
             torch.testing.assert_close(again[f"{prefix}.in_proj_qkv.{leaf}"], tensor, rtol=0, atol=0)
-        model.model.layers[0].linear_attn.q_proj.suh[0] += 1  # not of one layer any more
-        model.save_pretrained(path := os.path.join(self.folder, "apart"))
-        self.assertIn(f"{prefix}.q_proj.trellis", read_tensors(path))
+        layer = model.model.layers[0].linear_attn
+        layer.q_proj = layer.q_proj.dequantize()  # not of one layer any more
+        path = os.path.join(self.folder, "apart")
+        if key % 128:
+            with self.assertRaisesRegex(ValueError, "k_proj.* cannot be saved alone"):
+                model.save_pretrained(path)
+            self.assertEqual(os.listdir(path), [])
+            layer.k_proj, layer.v_proj = layer.k_proj.dequantize(), layer.v_proj.dequantize()
+        model.save_pretrained(path)
+        self.assertEqual(f"{prefix}.v_proj.trellis" in read_tensors(path), key % 128 == 0)
+        apart = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(apart(IDS).logits, model(IDS).logits)
 
     def test_dimensions_of_size_one_that_are_left_out(self):
         """`A_log` of Kimi-Linear, four numbers of `[1, 1, 4, 1]`."""

@@ -451,6 +451,16 @@ class Exl3ParallelPlanTest(unittest.TestCase):
         model = self.model({"down": "rowwise"}, up=sizes, down=(256, 256))
         self.assertRaisesRegex(ValueError, message, adapt_tensor_plan, model, {"up": style}, 2)
 
+    def test_a_part_that_begins_within_a_block_is_not_cut(self):
+        model = self.model({"up": "colwise"}, up=(256, 256))
+        tensors, _ = random_linear(384, 256)
+        model.up = Exl3Linear(256, 256, tensors, skipped=64)
+        self.assertRaisesRegex(ValueError, "up: .* are no 2 parts of whole", adapt_tensor_plan, model, None, 2)
+        model = self.model({"up": "colwise_rep"}, up=(256, 256))
+        model.up = Exl3Linear(256, 256, tensors, skipped=64)
+        adapt_tensor_plan(model, None, 2)
+        self.assertNotIn("up", model.tp_plan)
+
     def test_experts_with_biases_are_not_cut(self):
         model = self.model({"experts": "moe_tp_experts"})
         model.experts = self.experts(256, 256, 2, bias=torch.ones(256))

@@ -193,32 +193,42 @@ def _linear_problem(tensors, leaves) -> str | None:
         return f"has {bits:g} bits per weight, which only the mul1 codebook has"
 
 
+# The dimension in which a tensor of a layer goes by output features, and how many of them one entry there is for.
+_BY_COLUMNS = {"trellis": (1, format.TILE), "svh": (0, 1), "sv": (0, format.TILE), "bias": (0, 1)}
+
+
+def _in_blocks(columns: range) -> range:
+    return range(columns.start // format.BLOCK * format.BLOCK, format.padded(columns.stop))
+
+
 def cut_columns(tensors: dict[str, torch.Tensor], columns: range) -> dict[str, torch.Tensor]:
-    """The tensors of a quantized linear layer without bias for some of its output features, in whole blocks of 128."""
-    first, last = columns.start // format.TILE, columns.stop // format.TILE
-    cut = {
-        "trellis": lambda tensor: tensor[:, first:last],
-        "svh": lambda tensor: tensor[columns.start : columns.stop],
-        "sv": lambda tensor: tensor[first:last],
-    }
-    return {leaf: (cut[leaf](tensor) if leaf in cut else tensor).clone() for leaf, tensor in tensors.items()}
+    """The tensors of a quantized linear layer for the whole blocks of 128 output features that `columns` stand in."""
+    blocks, cut = _in_blocks(columns), {}
+    for leaf, tensor in tensors.items():
+        if leaf in _BY_COLUMNS:
+            dim, features = _BY_COLUMNS[leaf]
+            tensor = tensor.transpose(0, dim)[blocks.start // features : blocks.stop // features].transpose(0, dim)
+        cut[leaf] = tensor.clone()
+    return cut
 
 
-def join_columns(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
-    """The tensors of a layer that `cut_columns` made `parts` of, None if they are not of one."""
-    first = parts[0]
-    if any(part.keys() != first.keys() for part in parts) or "bias" in first:
+def join_columns(parts: list[dict[str, torch.Tensor]], columns: list[range]) -> dict[str, torch.Tensor] | None:
+    """The tensors of the layer that `cut_columns` made `parts` of, in order and each with its columns, None if they are not of one."""
+    if any("trellis" not in part for part in parts) or len({part["trellis"].shape[::2] for part in parts}) > 1:
         return None
-    joined = {}
-    for leaf, tensor in first.items():
-        tensors = [part[leaf] for part in parts]
-        if leaf in ("trellis", "svh", "sv"):
-            if leaf == "trellis" and len({tensor.shape[::2] for tensor in tensors}) > 1:
-                return None
-            joined[leaf] = torch.cat(tensors, dim=1 if leaf == "trellis" else 0)
-        elif all(torch.equal(tensor, other) for other in tensors):
+    joined, end = {}, 0
+    for part, own in zip(parts, columns):
+        first = _in_blocks(own).start
+        for leaf, tensor in part.items():
+            if leaf in _BY_COLUMNS and leaf in joined:
+                dim, features = _BY_COLUMNS[leaf]
+                new = tensor.narrow(dim, skipped := (end - first) // features, tensor.shape[dim] - skipped)
+                tensor = torch.cat([joined[leaf], new], dim)
             joined[leaf] = tensor
-        else:
+        end = _in_blocks(own).stop
+    for part, own in zip(parts, columns):
+        again = cut_columns(joined, own)
+        if again.keys() != part.keys() or not all(torch.equal(again[leaf], part[leaf]) for leaf in part):
             return None
     return joined
 

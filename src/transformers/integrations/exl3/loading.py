@@ -237,12 +237,11 @@ class Exl3Cut(Exl3Make):
         placement = self.hf_quantizer.placement
         columns = next(parts for parts in placement.cut.values() if parameter.rpartition(".")[0] in parts)
         leaves = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
-        result, end = {}, leaves["trellis"].shape[1] * format.TILE
-        for index, (path, part) in enumerate(columns.items()):
-            last = end if index == len(columns) - 1 else part.stop
-            stored = cut_columns(leaves, range(part.start, last))
-            result |= {f"{path}.{leaf}": tensor for leaf, tensor in stored.items()}
-        return result
+        return {
+            f"{path}.{leaf}": tensor
+            for path, part in columns.items()
+            for leaf, tensor in cut_columns(leaves, part).items()
+        }
 
 
 class Exl3Join(ConversionOps):
@@ -250,21 +249,34 @@ class Exl3Join(ConversionOps):
     Makes on saving one quantized layer again of those that `Exl3Cut` made of it, if they are all there as they were.
 
     Args:
-        joined (`dict[str, list[str]]`): By the layer's name in the checkpoint, after upstream's renamings, the paths of its parts.
+        joined (`dict[str, dict[str, range]]`): By the layer's name in the checkpoint, after upstream's renamings, the paths of its parts
+            with their columns.
+
+    Raises:
+        `ValueError`: Where not all are as they were, and one shares a block of columns with another.
     """
 
-    def __init__(self, joined: dict[str, list[str]]):
+    def __init__(self, joined: dict[str, dict[str, range]]):
         self.joined = joined
 
     def convert(self, input_dict, full_layer_name=None, **kwargs):
         layer = full_layer_name.removesuffix(_AS_STORED)
-        parts = [
-            {name.rpartition(".")[2]: tensor for name, tensor in input_dict.items() if name.startswith(f"{path}.")}
-            for path in self.joined[layer]
-        ]
-        whole = join_columns(parts)
+        columns = self.joined[layer]
+        parts = {
+            path: {
+                name.rpartition(".")[2]: tensor for name, tensor in input_dict.items() if name.startswith(f"{path}.")
+            }
+            for path in columns
+        }
+        whole = join_columns([*parts.values()], [*columns.values()])
         if whole is not None:
             input_dict = {f"{layer}.{leaf}": tensor for leaf, tensor in whole.items()}
+        elif sharing := [path for path in columns if parts[path] and columns[path].start % format.BLOCK]:
+            raise ValueError(
+                f"{', '.join(columns)} are one quantized layer in the files, and not all of them are as they were loaded. "
+                f"{', '.join(sharing)} cannot be saved alone: their first columns are in one block of {format.BLOCK} with others. "
+                "Put what their `dequantize` returns in their places before you save."
+            )
         return Exl3AsStored().convert(input_dict)
 
 
@@ -375,7 +387,7 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     stacks = stacks_of(placement, experts)
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
     stored = Exl3Stored(kept, placement.model, weight_conversions)
-    joined = {apply_renamings(name, renamings): [*parts] for name, parts in placement.cut.items()}
+    joined = {apply_renamings(name, renamings): parts for name, parts in placement.cut.items()}
     saving = [Exl3Names(names), stacks, stored, Exl3Joined(Exl3Join(joined))]
     return [*spelled, Exl3StackNames(stacks), *converters, *weight_conversions, *saving]
 

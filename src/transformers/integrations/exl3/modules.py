@@ -222,13 +222,22 @@ class Exl3Linear(Exl3Module, nn.Linear):
             or `su` int16 `[in/16]`; `svh` fp16 `[out]` or `sv` int16 `[out/16]`; `mcg` or `mul1`, int32 `[]`, or neither;
             `bias` `[out]` or none. `in` and `out` are the sizes with padding.
         plain (`nn.Module`, *optional*): The module that this layer stands for, a `nn.Linear` of these sizes if not given.
+        skipped (`int`, *optional*, defaults to 0): How many output features there are in the tensors, which are whole blocks of 128,
+            before those of this layer: it is a part of a layer that was quantized as a whole.
     """
 
+    skipped = 0
+
     def __init__(
-        self, in_features: int, out_features: int, tensors: dict[str, torch.Tensor], plain: nn.Module | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        tensors: dict[str, torch.Tensor],
+        plain: nn.Module | None = None,
+        skipped: int = 0,
     ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.skipped = in_features, out_features, skipped
         self.codebook = next((name for name in format.MARKERS if name in tensors), "3inst")
         self.bits = format.bits_of(tensors["trellis"])
         if plain is None:
@@ -266,15 +275,19 @@ class Exl3Linear(Exl3Module, nn.Linear):
         return words(local(self.trellis))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._product(x, self.skipped + self.out_features)
+        return y[..., self.skipped :].contiguous() if self.skipped else y
+
+    def _product(self, x: torch.Tensor, columns: int) -> torch.Tensor:
         own = self._parameters
         if "suh" in own and "svh" in own:
             tensors = own["trellis"], own["suh"], own["svh"], own["bias"]
-            y = self._directly(x, *tensors, self.codebook, self.in_features, self.out_features)
+            y = self._directly(x, *tensors, self.codebook, self.in_features, columns)
             if y is not None:
                 return y
         suh, svh = self.scales
         self.check_width(x, suh)
-        return ops.linear(x, self.codes, suh, svh, self.bias, self.codebook, self.out_features)
+        return ops.linear(x, self.codes, suh, svh, self.bias, self.codebook, columns)
 
     def check_width(self, x: torch.Tensor, suh: torch.Tensor):
         """Raise `ValueError` where `x` `[..., in_features]` is of another width; operators see but the one with padding."""
@@ -303,14 +316,15 @@ class Exl3Linear(Exl3Module, nn.Linear):
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight` `[out_features, in_features]` in fp32, or `bias` `[out_features]`."""
         self.check_whole()
+        columns = slice(self.skipped, self.skipped + self.out_features)
         if leaf == "bias":
-            return self.bias[: self.out_features]
+            return self.bias[columns]
         weight = ops.dequantize(self.codes, *self.scales, self.codebook)
-        return weight[: self.out_features, : self.in_features]
+        return weight[columns, : self.in_features]
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> "Exl3Linear":
         """A layer of the same sizes that holds `tensors`."""
-        return Exl3Linear(self.in_features, self.out_features, tensors)
+        return Exl3Linear(self.in_features, self.out_features, tensors, skipped=self.skipped)
 
     def plain_views(self, name, tensor):
         is_transposed = name == "weight" and not isinstance(self.plain, nn.Linear)  # Conv1D keeps [in, out]

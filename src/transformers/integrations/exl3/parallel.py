@@ -206,7 +206,7 @@ def _misfit(path: str, module: nn.Module, style: str, ranks: int) -> str | None:
         return f"{path}: an {type(module).__name__} cannot be cut in the style `{style}`"
     for name, layer, side in layers:
         features = getattr(layer, f"{side}_features")
-        if features % (format.BLOCK * ranks):
+        if features % (format.BLOCK * ranks) or (side == "out" and getattr(layer, "skipped", 0)):
             return f"{name}: its {features} {side}put features are no {ranks} parts of whole blocks of {format.BLOCK}"
     return None
 

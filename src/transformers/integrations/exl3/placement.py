@@ -237,20 +237,13 @@ class Placement:
             ends = list(accumulate(out for _, out in sizes))
             if {format.padded(into) for into, _ in sizes} != {stored[0]} or format.padded(ends[-1]) != stored[1]:
                 continue
-            if any(end % format.BLOCK for end in ends[:-1]) or "bias" in self.checkpoint.linears[name]:
-                self._problems.append(
-                    f"{name} is one quantized layer, and {type(self.model).__name__} has {', '.join(paths)}, which do not begin at "
-                    f"multiples of {format.BLOCK} columns of it without a bias"
-                )
+            tensors = self._tensors(name, sizes[0][0], ends[-1])
+            if tensors is None or not all(self._have_biases(path, self._paths[path], [name]) for path in paths):
                 return True
             self.cut[name] = {path: range(end - out, end) for path, end, (_, out) in zip(paths, ends, sizes)}
             for path, (into, out) in zip(paths, sizes):
-                columns = range(format.padded(out)) if path == paths[-1] else range(out)
-                tensors = cut_columns(self.checkpoint.linears[name], columns)
-                module = Exl3Linear(
-                    into, out, {leaf: tensor.to("meta") for leaf, tensor in tensors.items()}, self._paths[path]
-                )
-                self.modules[path] = module
+                cut, first = cut_columns(tensors, self.cut[name][path]), self.cut[name][path].start
+                self._put(path, [name], Exl3Linear(into, out, cut, self._paths[path], first % format.BLOCK))
             return True
         return False
 
@@ -273,12 +266,8 @@ class Placement:
         return not name.startswith(prefix) and any(other.startswith(prefix) for other in names)
 
     def _add(self, path: str, names, module: Exl3Module | None, *layers: str):
-        if module is None:
+        if module is None or not self._put(path, names, module):
             return
-        if path in self.modules:
-            self._problems.append(f"{', '.join(names)}: {path} has other quantized weights in the checkpoint, too")
-            return
-        self.modules[path] = module
         if isinstance(self._paths[path], nn.Linear) and not is_linear(self._paths[path]):
             self.decoded.add(path)
         if isinstance(module, Exl3Experts):
@@ -287,6 +276,14 @@ class Placement:
             layers = [layer for layer, child in module.named_modules() if isinstance(child, Exl3Linear)]
         for name, layer in zip(names, layers or [""], strict=True):
             self.layers[name] = path, layer
+
+    def _put(self, path: str, names, module: Exl3Module) -> bool:
+        """Whether nothing stands at `path` yet; a problem is noted if not."""
+        if path in self.modules:
+            self._problems.append(f"{', '.join(names)}: {path} has other quantized weights in the checkpoint, too")
+            return False
+        self.modules[path] = module
+        return True
 
     def _linear(self, name: str, in_features: int, out_features: int, plain: nn.Module | None = None):
         """The layer for the tensors of `name`, None (and a problem noted) if they do not fit these sizes."""

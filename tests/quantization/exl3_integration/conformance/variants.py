@@ -70,6 +70,14 @@ ROWS = [
     ),
     variant("NemotronHForCausalLM", "latent experts", fields={"moe_latent_size": 96}),
     variant(
+        "OlmoHybridForCausalLM",
+        "odd sizes",
+        fields={
+            "linear_key_head_dim": 24,
+            "linear_value_head_dim": 48,
+        },  # 2880, 2880 and 5760 columns in the model of 7B
+    ),
+    variant(
         "NemotronHForCausalLM",
         "MTP",
         config=both(
