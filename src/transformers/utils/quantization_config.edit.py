@@ -24,10 +24,6 @@ class Exl3Config(QuantizationConfigMixin):
             Bits per weight of the output embeddings: one of the rates, or 16 for not quantized. Unset, the head stays
             as it is when a model is quantized. A head that is tied to the input embeddings and quantized becomes a
             matrix of its own.
-        embedding_bits (`int`, *optional*):
-            Bits per element of the input embeddings, from 1 to 8, or 16 for not quantized. Unset, they stay as they are
-            when a model is quantized. A head that is tied to them becomes a matrix of its own if `head_bits` is set.
-            Otherwise it stays tied, is not saved, and is decoded from them when the model is loaded, into the float dtype.
         codebook (`str`, *optional*, defaults to `"mul1"`):
             What states decode to: `"mul1"`, `"mcg"` or `"3inst"`. In checkpoints each layer has its own, whatever
             stands here.
@@ -38,6 +34,10 @@ class Exl3Config(QuantizationConfigMixin):
             rates, or 16 for not quantized. Of several that match, the last counts. The parts of fused projections and of
             experts go by the names that files have for them, too. A pattern that matches no layer to be quantized is an
             error; the head is told about by `head_bits` alone.
+        embedding_bits (`int`, *optional*):
+            Bits per element of the input embeddings, from 1 to 8, or 16 for not quantized. Unset, they stay as they are
+            when a model is quantized. A head that is tied to them becomes a matrix of its own if `head_bits` is set.
+            Otherwise it stays tied, is not saved, and is decoded from them when the model is loaded, into the float dtype.
         dataset (`str` or `list`, *optional*):
             Data to quantize with, so that outputs err less than without: texts, lists of token ids, or `"self"` for text that
             the model writes itself. Layers are quantized one after the other while the model reads it, and the whole float

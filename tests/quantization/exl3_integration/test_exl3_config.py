@@ -13,10 +13,12 @@
 # limitations under the License.
 
 import copy
+import inspect
 import itertools
 import json
 import os
 import random
+import re
 import tempfile
 import unittest
 from pathlib import Path
@@ -81,6 +83,19 @@ WRITTEN = {
 
 
 class Exl3ConfigTest(unittest.TestCase):
+    def test_the_docstring_has_the_arguments_as_upstream_checks_them(self):
+        arguments = [p for p in inspect.signature(Exl3Config).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        described = Exl3Config.__doc__.partition("Args:")[2].partition("Attributes:")[0]
+        found = re.findall(
+            r"^ {8}(\w+) \(.+?(?:, (\*optional\*)(?:, defaults to (.+))?)?\):$", described, re.MULTILINE
+        )
+        written = lambda value: f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`"  # noqa: E731
+        for argument, (name, optional, default) in zip(arguments, found, strict=True):
+            self.assertEqual((name, optional), (argument.name, "*optional*"))
+            numbers = type(argument.default) in (int, float)
+            expected = "" if argument.default is None else written(argument.default).strip("`" if numbers else "")
+            self.assertEqual(default, expected, name)
+
     def test_defaults(self):
         config = Exl3Config()
         self.assertEqual(config.quant_method, QuantizationMethod.EXL3)
