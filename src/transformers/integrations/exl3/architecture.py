@@ -83,6 +83,11 @@ def _has_usual_layout(module: nn.Module) -> bool:
     return module.gate_up_proj.shape == (experts, 2 * into, out)
 
 
+def expert_roles(module: nn.Module) -> tuple[str, ...]:
+    """What the projections of one expert are, of a module for which `is_experts` holds."""
+    return ("gate", "up", "down") if hasattr(module, "gate_up_proj") else ("up", "down")
+
+
 def expert_sizes(module: nn.Module) -> tuple[int, int, int]:
     """Number of experts, their hidden size and their intermediate size, of a module for which `is_experts` holds."""
     experts, out, into = module.down_proj.shape

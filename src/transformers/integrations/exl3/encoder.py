@@ -178,8 +178,7 @@ def _ring_scales(rings, bits):
 
 
 def input_rms(bits, codebook):
-    if codebook not in INPUT_RMS:
-        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
+    format.check_codebook(codebook)
     return INPUT_RMS[codebook][bits]
 
 

@@ -154,11 +154,16 @@ def pack_states(states: torch.Tensor, bits: float) -> torch.Tensor:
     return words.unflatten(-1, (-1, 2)).flip(-1).flatten(-2).to(torch.int16)
 
 
+def check_codebook(codebook: str):
+    """Raise `ValueError` for a codebook that the format does not have."""
+    if codebook not in CODEBOOKS:
+        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(CODEBOOKS)}")
+
+
 @lru_cache
 def codebook_values(codebook: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
     """fp16 `[65536]`: the value of each state under `codebook`. Raises `ValueError` for an unknown codebook."""
-    if codebook not in CODEBOOKS:
-        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(CODEBOOKS)}")
+    check_codebook(codebook)
     states = torch.arange(NUM_STATES, dtype=torch.int64, device=device)
     if codebook == "mul1":
         product = states * MARKERS["mul1"]

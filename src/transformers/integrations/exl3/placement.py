@@ -40,6 +40,7 @@ from .architecture import (
     EXPERT_PARAMETERS,
     EXPERT_ROLES,
     FUSED,
+    expert_roles,
     expert_sizes,
     is_embedding,
     is_experts,
@@ -374,7 +375,7 @@ class Placement:
     def _experts(self, path: str, parts: dict[tuple[int, str], str]) -> Exl3Experts | None:
         plain = self._paths[path]
         count, hidden, intermediate = expert_sizes(plain)
-        roles = ("gate", "up", "down") if hasattr(plain, "gate_up_proj") else ("up", "down")
+        roles = expert_roles(plain)
         found = {EXPERT_ROLES[projection]: projection for _, projection in parts}
         names = {role: found.get(role, role) for role in roles}
         wanted = ((expert, name) for expert in range(count) for name in names.values())

@@ -23,6 +23,7 @@ from .allocation import PLAIN, allocate_bits, override_bits, table_of_bits
 from .architecture import (
     EXPERT_ROLES,
     FUSED,
+    expert_roles,
     expert_sizes,
     is_embedding,
     is_experts,
@@ -134,7 +135,7 @@ class Plan:
         module = self._paths[path]
         if is_experts(module):
             count, hidden, intermediate = expert_sizes(module)
-            return dict.fromkeys(self._roles(module), count * hidden * intermediate)
+            return dict.fromkeys(expert_roles(module), count * hidden * intermediate)
         parts = self._fused_sizes(path)
         into, out = linear_sizes(module)
         return {part: into * size for part, size in parts.items()} if parts else {"": into * out}
@@ -173,13 +174,9 @@ class Plan:
             return {path}
         if not is_experts(module):
             return {path, _join(path, part), _join(parent, part)}
-        parameter = "down_proj" if part == "down" else "gate_up_proj" if "gate" in self._roles(module) else "up_proj"
+        parameter = "down_proj" if part == "down" else "gate_up_proj" if "gate" in expert_roles(module) else "up_proj"
         names = {parameter, self._expert_names[part], f"{part}_proj", part}
         return {path, *(_join(path, name) for name in names)}
-
-    @staticmethod
-    def _roles(experts: nn.Module) -> tuple[str, ...]:
-        return ("gate", "up", "down") if hasattr(experts, "gate_up_proj") else ("up", "down")
 
     def _fused_sizes(self, path: str) -> dict[str, int] | None:
         """Output features of the parts of a fused projection, None for any other."""
@@ -260,7 +257,7 @@ class Plan:
 
     def _experts(self, path: str, module: nn.Module, bits: dict[str, float]) -> Exl3Experts:
         count, hidden, intermediate = expert_sizes(module)
-        roles = self._roles(module)
+        roles = expert_roles(module)
         bias = hasattr(module, "down_proj_bias")
         shapes = {role: (intermediate, hidden) if role == "down" else (hidden, intermediate) for role in roles}
         tensors = {role: linear_tensors(*shapes[role], bits[role], self.codebook, bias) for role in roles}

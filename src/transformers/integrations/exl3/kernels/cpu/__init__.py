@@ -384,8 +384,7 @@ def _shapes(tensors):
 
 def _trellis(trellis, codebook):
     """A trellis for the library: where it is, its strides, its size in tiles, twice its bits per weight, its codebook."""
-    if codebook not in format.CODEBOOKS:
-        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
+    format.check_codebook(codebook)
     rows, columns, words = trellis.shape
     row_stride, column_stride, _ = trellis.stride()
     codebook = format.CODEBOOKS.index(codebook)

@@ -135,7 +135,7 @@ def linear(
     """
     target = _kernels("target")
     _check_dtype("activations", x.dtype)
-    _check_codebook(codebook)
+    format.check_codebook(codebook)
     check_devices(x, trellis, suh, svh, bias)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -172,7 +172,7 @@ def grouped_linear(
     """
     target = _kernels("target")
     _check_dtype("activations", x.dtype)
-    _check_codebook(codebook)
+    format.check_codebook(codebook)
     check_devices(x, ranges, trellis, suh, svh, bias)
     y = x.new_zeros(x.shape[0], out_features)
     if not y.numel() or not len(ranges):
@@ -190,7 +190,7 @@ def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Te
     """The same as `format.decode(trellis, codebook).to(dtype)`, to the byte. Raises `ValueError` as `linear` does."""
     target = _kernels("target")
     _check_dtype("an inner matrix", dtype)
-    _check_codebook(codebook)
+    format.check_codebook(codebook)
     with target.on(trellis.device):
         return _kernels("dequantize").decode(trellis, codebook, dtype, target.target_of(trellis.device).ptx)
 
@@ -198,7 +198,7 @@ def decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Te
 def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str, weight: torch.Tensor):
     """The operator `exl3::dequantize`, into `weight`, fp32 `[out, in]`. Raises `ValueError` as `linear` does."""
     target = _kernels("target")
-    _check_codebook(codebook)
+    format.check_codebook(codebook)
     check_devices(weight, trellis, suh, svh)
     with target.on(trellis.device):
         _kernels("dequantize").dequantize(
@@ -243,11 +243,6 @@ def _check_dtype(what, dtype):
     if dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"EXL3 on a GPU: {what} must be {names}, not {str(dtype).removeprefix('torch.')}")
-
-
-def _check_codebook(codebook):
-    if codebook not in format.CODEBOOKS:
-        raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(format.CODEBOOKS)}")
 
 
 def check_devices(*tensors: torch.Tensor | None):
