@@ -46,7 +46,7 @@ $(VENV)/.tools: Makefile | $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml setup.py setup.edit.py | $(BIN)/python
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e . "setuptools>=77" accelerate hypothesis kernels parameterized peft pytest "triton>=3.6,<3.10; platform_system == 'Linux'"
+	$(BIN)/pip install -q -e . "setuptools>=77" accelerate hypothesis kernels parameterized peft pytest pytest-xdist "triton>=3.6,<3.10; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
@@ -61,8 +61,9 @@ $(VENV)/.slow: $(VENV)/.demo
 refresh: $(VENV)/.installed
 	@$(BIN)/python utils/patchset
 
+# Tiny models are not faster on several threads, and tests are on several processes.
 test: refresh
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/.slow refresh
 	RUN_SLOW=1 $(BIN)/python -m pytest -q

@@ -63,10 +63,11 @@ if triton:
 @require_triton
 @require_interpreter_that_runs
 class Exl3TritonProcessTest(unittest.TestCase):
+    @parameterized.expand([("products", "product"), ("all_else", "not product")])
     @unittest.skipIf(INTERPRETED, "this is that process")
-    def test_kernels_under_the_interpreter(self):
-        """Runs `Exl3TritonInterpreterTest` in a process where Triton interprets."""
-        self._interpret("InterpreterTest")
+    def test_kernels_under_the_interpreter(self, name, some):
+        """Runs `Exl3TritonInterpreterTest` in processes where Triton interprets, which may run side by side."""
+        self._interpret(f"InterpreterTest and {some}")
 
     @unittest.skipIf(INTERPRETED, "this is that process")
     @slow
@@ -273,7 +274,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
 
         expected = run()
         with mock.patch.object(gpu, "is_available", lambda device: True):
-            with mock.patch.object(ops, "_groups", side_effect=AssertionError("the host was asked")):
+            with mock.patch.object(grouped, "_groups", side_effect=AssertionError("the host was asked")):
                 self.assertLess(relative_error(run(), expected.double()), 1e-6)
             turing = mock.patch.object(triton_linear, "row_tiles", lambda target: {})
             with turing, mock.patch.object(gpu, "grouped_linear", side_effect=AssertionError("no matrix instruction")):
@@ -289,11 +290,11 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         expected = module(x, index, weights)
         with (
             mock.patch.object(gpu, "is_available", lambda device: True),
-            mock.patch.object(gpu, "grouped_linear", wraps=gpu.grouped_linear) as grouped,
-            mock.patch.object(ops, "_groups", side_effect=AssertionError("the host was asked")),
+            mock.patch.object(gpu, "grouped_linear", wraps=gpu.grouped_linear) as launches,
+            mock.patch.object(grouped, "_groups", side_effect=AssertionError("the host was asked")),
         ):
             y = module(x, index, weights)
-        self.assertEqual([len(call.args[2]) for call in grouped.call_args_list], [3, 1, 3, 1, 3, 1])
+        self.assertEqual([len(call.args[2]) for call in launches.call_args_list], [3, 1, 3, 1, 3, 1])
         self.assertLess(relative_error(y, expected.double()), 1e-5)
 
     def test_operators(self):
