@@ -23,11 +23,13 @@ import pydoc
 import tempfile
 import unittest
 import weakref
+from unittest.mock import patch
 
 import torch
 from parameterized import parameterized
 
 from transformers import Exl3Config, LlamaForCausalLM
+from transformers.integrations.exl3 import saving
 from transformers.testing_utils import CaptureLogger, require_accelerate, require_torch
 from transformers.utils import logging
 
@@ -85,6 +87,27 @@ class Exl3SavingTest(unittest.TestCase):
             self.load().save_pretrained(folder)
             self.assertEqual(read_tensors(folder).keys(), read_tensors(self.folder).keys())
             self.assertIn("quantization_config.json", os.listdir(folder))
+
+    def test_no_garbage_is_collected_meanwhile(self):
+        """And afterwards as before, whether the model was saved or not."""
+        self.addCleanup(gc.enable)
+        model, enabled = self.load(), []
+
+        def write(*_):
+            enabled.append(gc.isenabled())
+            raise RuntimeError("a full disk")
+
+        with tempfile.TemporaryDirectory() as folder:
+            for set_before in (gc.disable, gc.enable):
+                set_before()
+                was_enabled = gc.isenabled()
+                with patch.object(saving, "_write_tensor_storage", write):
+                    with self.assertRaisesRegex(RuntimeError, "a full disk"):
+                        model.save_pretrained(folder)
+                self.assertEqual(gc.isenabled(), was_enabled)
+            model.save_pretrained(folder)
+        self.assertTrue(gc.isenabled())
+        self.assertEqual(enabled, [False, False])
 
     @parameterized.expand([("copy", copy.deepcopy), ("pickle", lambda model: pickle.loads(pickle.dumps(model)))])
     def test_a_copy_saves_itself(self, _, made):
