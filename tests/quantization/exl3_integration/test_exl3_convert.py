@@ -411,8 +411,12 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertEqual(digests(self.output).keys(), {*SAVED, "README.md"})
 
     def test_a_class_is_found_as_files_spell_it(self):
-        LlamaConfig(architectures=["Llama_ForCausalLM"]).save_pretrained(self.source)
-        self.assertIs(converting._model_class(Path(self.source)), LlamaForCausalLM)
+        for name in ("Llama_ForCausalLM", "AlpacaForCausalLM"):
+            LlamaConfig(architectures=[name]).save_pretrained(self.source)
+            self.assertIs(converting._model_class(Path(self.source)), LlamaForCausalLM)
+        LlamaConfig(architectures=["AlpacaForTokenClassification"]).save_pretrained(self.source)
+        with self.assertRaisesRegex(ValueError, "names AlpacaForTokenClassification under `architectures`"):
+            converting._model_class(Path(self.source))
 
     def test_sources_that_are_refused(self):
         plain, quantized = os.path.join(self.folder, "plain"), os.path.join(self.folder, "quantized")

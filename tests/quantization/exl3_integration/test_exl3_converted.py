@@ -311,6 +311,13 @@ class Exl3ConvertedTest(unittest.TestCase):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
         found[0].save_pretrained(path := os.path.join(self.folder, "again"))
         self.assertEqual(read_tensors(path).keys(), checkpoint.tensors.keys())
+        config = Exl3Config(bits=1, effort="fast")
+        quantized = AutoModel.from_pretrained(os.path.join(self.folder, "dense"), quantization_config=config)
+        quantized.save_pretrained(path := os.path.join(self.folder, "on_the_fly"))
+        self.assertLessEqual(
+            {f"{part}.{leaf}" for part in parts for leaf in ("trellis", "bias")}, {*read_tensors(path)}
+        )
+        AutoModel.from_pretrained(path)
 
     def test_plain_weights_beside_their_quantized_parts_give_way(self):
         model, auto = tiny_model("qwen2_5_vl")
@@ -363,6 +370,12 @@ class Exl3ConvertedTest(unittest.TestCase):
             checkpoint.tensors[name.replace("in_proj_", "in_proj.")] = checkpoint.tensors.pop(name)
         loaded = self.assert_loads(checkpoint, auto=AutoModelForImageTextToText)
         self.assertIsInstance(loaded.get_submodule(STEP_EXPERTS), Exl3Experts)
+        quantized = AutoModelForImageTextToText.from_pretrained(
+            os.path.join(self.folder, "dense"), quantization_config=Exl3Config(bits=1, effort="fast")
+        )
+        quantized.save_pretrained(path := os.path.join(self.folder, "on_the_fly"))
+        names = {name for name in checkpoint.tensors if ".experts." in name}
+        self.assertEqual({name for name in read_tensors(path) if ".experts." in name}, names)
 
     def test_rows_that_upstream_permutes_are_not_quantized_on_the_fly(self):
         model = random_model(step_config(), AutoModelForImageTextToText)

@@ -332,5 +332,7 @@ class Exl3SavedConfigTest(unittest.TestCase):
             quantized = AutoModelForCausalLM.from_pretrained(
                 folder, config=model.config, quantization_config=Exl3Config(bits=1, effort="fast")
             )
-            quantized.save_pretrained(folder)
+            with self.assertLogs("transformers.integrations.exl3.saving", "WARNING") as logged:
+                quantized.save_pretrained(folder)
+            self.assertRegex(logged.output[0], "the fields of then cannot be read .*head_dim")
             self.assertEqual(AutoConfig.from_pretrained(folder).head_dim, model.config.head_dim)

@@ -54,9 +54,15 @@ class Exl3SavingTest(unittest.TestCase):
         return auto_class.from_pretrained(self.folder)
 
     def test_a_class_is_named_as_files_spell_it(self):
-        """exllamav3 knows `Ernie4_5ForCausalLM` by the name that its repo has: `Ernie4_5_ForCausalLM`."""
+        """exllamav3 knows `Ernie4_5ForCausalLM` by the name that its repo has: `Ernie4_5_ForCausalLM`; or by quite another."""
         model, auto_class = tiny_model("llama")
-        for published, saved in (("Llama_ForCausalLM", "Llama_ForCausalLM"), ("LlamaModel", "LlamaForCausalLM")):
+        for published, saved in (
+            ("Llama_ForCausalLM", "Llama_ForCausalLM"),
+            ("AlpacaForCausalLM", "AlpacaForCausalLM"),
+            ("AlpacaForTokenClassification", "LlamaForCausalLM"),
+            ("MistralForCausalLM", "LlamaForCausalLM"),
+            ("LlamaModel", "LlamaForCausalLM"),
+        ):
             model.save_pretrained(self.folder)
             file = os.path.join(self.folder, "config.json")
             with open(file, encoding="utf-8") as source:

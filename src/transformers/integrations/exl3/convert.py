@@ -211,6 +211,16 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
         known.replace("_", ""): known for known in dir(transformers)
     }  # Ernie4_5_ForCausalLM is Ernie4_5ForCausalLM
     found = getattr(transformers, alike.get(name.replace("_", ""), name), None) if name else None
+    if (
+        name and found is None
+    ):  # BailingMoeV3ForCausalLM is BailingHybridForCausalLM, and IQuestCoderForCausalLM LlamaForCausalLM
+        from ...models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        kinds = [
+            auto._model_mapping.get(type(config), None) for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        ]
+        named = (kind for kind in kinds if kind and kind.__name__.partition("For")[2] == name.partition("For")[2])
+        found = next(named, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"{folder / CONFIG_NAME} names {name or 'nothing'} under `architectures`, which has to be a model class of Transformers "

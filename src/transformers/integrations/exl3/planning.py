@@ -16,7 +16,7 @@
 from torch import nn
 
 from ...conversion_mapping import get_model_conversion_mapping
-from ...core_model_loading import WeightConverter
+from ...core_model_loading import WeightConverter, apply_converters
 from ...quantizers.quantizers_utils import should_convert_module
 from ...utils import logging
 from .allocation import PLAIN, allocate_bits, override_bits, table_of_bits
@@ -54,7 +54,8 @@ class Plan:
 
     Attributes:
         modules (`dict[str, Exl3Module]`): By path in the model, what stands there instead, waiting for float weights.
-        names (`dict[str, str]`): Tensor names that checkpoints have for parts of fused modules, to those in the model.
+        names (`dict[str, str]`): Tensor names that checkpoints have for parts of what is fused in the model or in files, to those in the
+            model.
         stacks (`dict[str, list[str]]`): Names of stacked tensors in the model, to those that checkpoints have for their entries.
         tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
         has_tied_head (`bool`): Whether the output embeddings stay tied to the input embeddings, which are quantized.
@@ -72,6 +73,8 @@ class Plan:
         self.stacks: dict[str, list[str]] = {}
         self.tied_heads: dict[str, str] = {}
         self._paths = dict(model.named_modules())
+        self._converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+        self._reversed = [converter.reverse_transform() for converter in self._converters]
         self._expert_names = self._names_of_projections()
         sizes, head, left, plain = {}, self._head(), [], stays_plain(model, self._paths)
         own = config.modules_to_not_convert or []
@@ -189,12 +192,26 @@ class Plan:
 
     def _names_of_projections(self) -> dict[str, str]:
         """What the files of this architecture call the projections of an expert: by role, as `EXPERT_ROLES` has them."""
-        converters = [c for c in get_model_conversion_mapping(self.model) if isinstance(c, WeightConverter)]
         in_files = {
-            part for converter in converters for source in converter.source_patterns for part in source.split(".")
+            part
+            for converter in self._converters
+            for source in converter.source_patterns
+            for part in source.split(".")
         }
         spelling = ("w1", "w3", "w2") if {"w1", "w2"} <= in_files else ("gate_proj", "up_proj", "down_proj")
         return {EXPERT_ROLES[name]: name for name in spelling}
+
+    def _in_files(self, path: str, parameter: str) -> str:
+        """
+        What files call the layer or the experts at `path`: where they have what upstream makes `parameter` from in one tensor with
+        others, a name beside that.
+        """
+        stored, _ = apply_converters(f"{path}.{parameter}", self._reversed)
+        owner, _, name = stored.removesuffix(".weight").rpartition(".")
+        part = path.rpartition(".")[2]
+        if is_experts(self._paths[path]):
+            return f"{owner}.experts" if name in EXPERT_ROLES and "*" not in owner and owner != path else path
+        return f"{owner}.{part}" if any(part in names for names in FUSED.get(name, ())) else path
 
     def _head(self) -> str | None:
         """Path of the output embeddings, if there are any that can be quantized."""
@@ -253,7 +270,11 @@ class Plan:
                 beside = _join(path.rpartition(".")[0], part)
                 self.names |= {f"{beside}.{tensor}": f"{path}.{part}.{tensor}" for tensor in layer.stored}
             return Exl3SplitLinear(layers, module)
-        return self._linear(in_features, out_features, bits[""], bias, module)
+        layer = self._linear(in_features, out_features, bits[""], bias, module)
+        in_files = self._in_files(path, "weight")
+        if in_files != path:
+            self.names |= {f"{in_files}.{tensor}": f"{path}.{tensor}" for tensor in layer.stored}
+        return layer
 
     def _experts(self, path: str, module: nn.Module, bits: dict[str, float]) -> Exl3Experts:
         count, hidden, intermediate = expert_sizes(module)
@@ -263,10 +284,13 @@ class Plan:
         tensors = {role: linear_tensors(*shapes[role], bits[role], self.codebook, bias) for role in roles}
         projections = {role: Exl3Projection(*shapes[role], [tensors[role]] * count) for role in roles}
         experts = Exl3Experts(projections, module)
+        in_files = self._in_files(path, "gate_up_proj" if "gate" in roles else "up_proj")
         for holder, stack in experts.stacks():
             name = self._expert_names[holder.partition(".")[0].removeprefix("stacked_")]
             for leaf in stack.stored:
-                self.stacks[f"{path}.{holder}.{leaf}"] = [f"{path}.{expert}.{name}.{leaf}" for expert in stack.members]
+                self.stacks[f"{path}.{holder}.{leaf}"] = [
+                    f"{in_files}.{expert}.{name}.{leaf}" for expert in stack.members
+                ]
         return experts
 
 

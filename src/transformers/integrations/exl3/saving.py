@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -35,6 +36,8 @@ from . import format
 from .checkpoint import read_checkpoint
 from .modules import Exl3Linear, Exl3Module
 
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"  # where files are written first, in the folder that they are for
 ASIDE = ".replaced"  # in the names of old files while new ones take their places
@@ -199,19 +202,30 @@ def _as_published(kind: type[PreTrainedConfig], written: dict, published: dict) 
     result = copy.deepcopy(result) | {name: written[name] for name in OF_THE_SAVED if name in written}
     try:
         _take_differences(result, read(result), wanted, written)
-        if read(result) != wanted:
-            return written
-    except Exception:  # of a class that does not read it: the model was loaded with a config of the user's
+        problem = None if read(result) == wanted else "it is read as another config"
+    except Exception as error:  # of a class that does not read it: the model was loaded with a config of the user's
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        logger.warning(
+            f"config.json has the names of fields that {kind.__name__} has, and not those of the checkpoint that the model was loaded "
+            f"from, which other programs may look for: with the config that the model has now, the fields of then cannot be read "
+            f"({problem})."
+        )
         return written
-    if _are_alike(published.get("architectures"), written.get("architectures")):
+    names, classes = published.get("architectures") or (), written.get("architectures") or ()
+    if len(names) == len(classes) and all(map(_is_spelled, names, classes)):
         result["architectures"] = published["architectures"]
     return result
 
 
-def _are_alike(names: list[str] | None, others: list[str] | None) -> bool:
-    """Whether classes have the same names but for underscores: `Ernie4_5_ForCausalLM` is how files spell one of upstream's."""
-    first, second = ([name.replace("_", "") for name in some or ()] for some in (names, others))
-    return first == second
+def _is_spelled(name: str, kind: str) -> bool:
+    """
+    Whether files may mean upstream's class `kind` by `name`, which is no other class of upstream's: `Ernie4_5_ForCausalLM` is
+    Ernie4_5ForCausalLM, and `BailingMoeV3ForCausalLM` is BailingHybridForCausalLM.
+    """
+    is_alike = name.replace("_", "") == kind.replace("_", "")
+    is_other = hasattr(sys.modules[__name__.partition(".")[0]], name)
+    return is_alike or ("For" in name and not is_other and name.partition("For")[2] == kind.partition("For")[2])
 
 
 def _take_differences(result: dict, found: dict, wanted: dict, written: dict):

@@ -297,10 +297,10 @@ def main():
             print(row.name, case.problems or "ok", file=sys.stderr, flush=True)
     print(table(cases))
     if arguments.json:
-        renamed = {row.architecture for row in ROWS if row.kind}
-        known = sorted(name for name in exllamav3.ARCHITECTURES if name in renamed or hasattr(transformers, name))
+        known = sorted(exllamav3.ARCHITECTURES)
+        here = [name for name in known if hasattr(transformers, name)]
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"known": known, "cases": cases}, file)
+            json.dump({"known": known, "here": here, "cases": cases}, file)
     sys.exit(any(case["problems"] for case in cases))
 
 

@@ -25,7 +25,20 @@ NOT_HELD = {
     "Gemma3ForCausalLM": "exllamav3 reads it only from files of the model for images",
     "Gemma4AssistantForCausalLM": "a draft model for speculative decoding, which exllamav3 does not convert",
     "GptOssForCausalLM": "exllamav3 converts it from MXFP4 alone; the tests have a checkpoint of it",
+    "HCXVisionV2ForCausalLM": "no file is read by both: `mm_projector` of exllamav3 is `vision_projector` of Transformers",
     "MuseGlimmerAssistantModel": "a draft model for speculative decoding, which exllamav3 does not convert",
+}
+
+# Those that Transformers does not have, under whatever name.
+NOT_HERE = {
+    "DFlash2DraftModel",
+    "DFlashDraftModel",
+    "DFlashLagunaForCausalLM",
+    "DeciLMForCausalLM",
+    "MiMoForCausalLM",
+    "MiMoV2ForCausalLM",
+    "Spark2_5ForCausalLM",
+    "Step3p5ForCausalLM",
 }
 
 

@@ -72,6 +72,27 @@ ROWS = [
     ),
     Row("HYV3ForCausalLM", text(head_dim=32, **MOE, num_shared_experts=1, mlp_layer_types=["dense", "sparse"])),
     Row("HyperCLOVAXForCausalLM", text(head_dim=32)),
+    Row("IQuestCoderForCausalLM", text(head_dim=32), sets(model_type="iquestcoder"), kind="LlamaForCausalLM"),
+    Row(
+        "BailingMoeV3ForCausalLM",
+        text(num_key_value_heads=4, head_dim=32, **MLA | {"q_lora_rank": None}, **MOE, num_shared_experts=1)
+        | {"first_k_dense_replace": 1, "layer_group_size": 2, "n_group": 1, "topk_group": 1},
+        sets(
+            head_dim=32,
+            no_kda_lora=True,
+            score_function="sigmoid",
+            norm_topk_prob=True,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_nextn_predict_layers=0,
+            gated_attention_proj_granularity_type="head_wise",
+        ),
+        names=lambda name: name.replace("layers.0.attention.dense", "layers.0.attention.o_proj"),
+        differs=r"attention\.(qkv|q|k|v)_proj$",
+        why="exllamav3 writes query, key and value as one layer, the model has three",
+        unreadable=ONE_LAYER,
+        kind="BailingHybridForCausalLM",
+    ),
     Row(
         "LagunaForCausalLM",
         text(head_dim=32, **MOE, shared_expert_intermediate_size=64, num_attention_heads_per_layer=[4, 4])

@@ -261,10 +261,8 @@ ROWS = [
         lambda config: config.update(STEP),
         processor=images("Step3p7ImageProcessor"),
         refused="through PermuteForRope, which codes cannot be put through",
-        differs=r"resblocks\.\d+\.attn\.[qkv]_proj$|\.(mlp|moe)\.experts\.",
-        why="rows of query and key of the tower stand in files in another order, which codes cannot be put into; experts are "
-        "saved as `mlp.experts`, exllamav3 knows them as `moe.experts`",
-        unreadable="exllamav3 knows the experts, which files have in one tensor, as `moe.experts`",
+        differs=r"resblocks\.\d+\.attn\.[qkv]_proj$",
+        why="rows of query and key of the tower stand in files in another order, which codes cannot be put into",
     ),
     Row(
         "NemotronH_Omni_Reasoning_V3",
@@ -279,9 +277,6 @@ ROWS = [
         omni,
         processor=images("NemotronHOmniImageProcessor", norm_mean=[0.5] * 3, norm_std=[0.5] * 3, min_num_patches=4)
         | {"max_num_patches": 64, "video_target_num_patches": 16},
-        differs=r"\.(attn|attention)\.[qkv]_proj$",
-        why="parts of the tower's `attn.qkv` are saved as `attention.q_proj`, exllamav3 knows them as `attn.q_proj`",
-        unreadable="exllamav3 knows the parts of `attn.qkv`, which files have in one tensor, as `attn.q_proj`",
     ),
     Row(
         "Qwen4ExpForConditionalGeneration",
