@@ -31,6 +31,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
 | naming, stacks                                 | what upstream's renamings do not lead back to; experts in files        |
 | restoring, plain_layers                        | what files lack; which layers are not quantized on the fly             |
+| building                                       | modules of a checkpoint's tensors                                      |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
 | finished, text                                 | where quantized layers go, memory or files; the tokens that data are   |

@@ -21,7 +21,7 @@ fused projections, the slices of wide ones, and experts that the source kept in 
 
 import re
 from collections import defaultdict
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -40,18 +40,15 @@ from .architecture import (
     EXPERT_PARAMETERS,
     EXPERT_ROLES,
     FUSED,
-    expert_roles,
-    expert_sizes,
-    is_embedding,
     is_experts,
     is_linear,
     linear_sizes,
-    part_sizes,
 )
+from .building import Builder
 from .checkpoint import Checkpoint, Exl3CheckpointError, cut_columns
 from .embeddings import Exl3Embedding, Exl3TiedHead
-from .experts import Exl3Experts, Exl3Projection
-from .modules import Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
+from .experts import Exl3Experts
+from .modules import Exl3Linear, Exl3Module
 from .naming import changing_operations
 from .restoring import ROUTER_CORRECTIONS
 
@@ -115,15 +112,16 @@ class Placement:
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         self.plain = model.state_dict()
         self._paths = dict(model.named_modules())
+        self._build = Builder(checkpoint, self._paths, model.config, self._problems)
         self._containers: dict[tuple[str, str], str | None] = {}
         composites = defaultdict(dict)
         for name in checkpoint.linears:
             self._place_linear(name, composites)
         for (build, path), parts in composites.items():
-            self._add(path, parts.values(), build(self, path, parts))
+            self._add(path, *build(path, parts))
         for name, tensors in checkpoint.embeddings.items():
             path = self._target(name)[0]
-            self._add(path, [name], self._embedding(name, path, tensors))
+            self._add(path, [name], self._build.embedding(name, path, tensors))
         self.tied_head = self._tied_head() if has_tied_head else None
         if self.tied_head is not None:
             self.modules[self.tied_head] = Exl3TiedHead(self._paths[self.tied_head])
@@ -165,7 +163,7 @@ class Placement:
     def _place_linear(self, name: str, composites):
         expert = EXPERT.fullmatch(name)
         if expert and (container := self._container(name, expert[1], expert[3])) is not None:
-            composites[Placement._experts, container][int(expert[2]), expert[3]] = name
+            composites[self._build.experts, container][int(expert[2]), expert[3]] = name
             return
         path = self._target(name)[0]
         if isinstance(self._paths.get(path), LINEAR_CLASSES):
@@ -176,23 +174,23 @@ class Placement:
                     "codes cannot be put through"
                 )
                 return
-            self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
+            self._add(path, [name], self._build.linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
             return
         sliced = re.fullmatch(rf"(.+)\.slice\.{NUMBER}", name)
         if sliced:
             path = self._target(sliced[1])[0]
             if isinstance(self._paths.get(path), LINEAR_CLASSES):
-                composites[Placement._sliced, path][int(sliced[2])] = name
+                composites[self._build.sliced, path][int(sliced[2])] = name
                 return
         parent, _, part = self._in_model_parent(apply_renamings(name, self._renamings)).rpartition(".")
         for fused, spellings in FUSED.items():
             path = f"{parent}.{fused}" if parent else fused
             if path in self._paths and is_linear(self._paths[path]) and any(part in names for names in spellings):
-                composites[Placement._split, path][part] = name
+                composites[self._build.split, path][part] = name
                 return
         path = self._path_of_part(name)
         if path is not None:
-            self._add(path, [name], self._linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
+            self._add(path, [name], self._build.linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
             return
         if not self._place_fused(name, parent) and not self._is_ignored(name):
             stands = type(self._paths[path]).__name__ if (path := self._target(name)[0]) in self._paths else "nothing"
@@ -238,8 +236,8 @@ class Placement:
             ends = list(accumulate(out for _, out in sizes))
             if {format.padded(into) for into, _ in sizes} != {stored[0]} or format.padded(ends[-1]) != stored[1]:
                 continue
-            tensors = self._tensors(name, sizes[0][0], ends[-1])
-            if tensors is None or not all(self._have_biases(path, self._paths[path], [name]) for path in paths):
+            tensors = self._build.tensors(name, sizes[0][0], ends[-1])
+            if tensors is None or not all(self._build.have_biases(path, self._paths[path], [name]) for path in paths):
                 return True
             self.cut[name] = {path: range(end - out, end) for path, end, (_, out) in zip(paths, ends, sizes)}
             for path, (into, out) in zip(paths, sizes):
@@ -285,136 +283,6 @@ class Placement:
             return False
         self.modules[path] = module
         return True
-
-    def _linear(self, name: str, in_features: int, out_features: int, plain: nn.Module | None = None):
-        """The layer for the tensors of `name`, None (and a problem noted) if they do not fit these sizes."""
-        tensors = self._tensors(name, in_features, out_features, plain)
-        return None if tensors is None else Exl3Linear(in_features, out_features, tensors, plain)
-
-    def _tensors(self, name: str, in_features: int, out_features: int, plain: nn.Module | None = None):
-        """The tensors of `name`, None (and a problem noted) if they do not fit a layer of these sizes."""
-        tensors = {leaf: tensor.to("meta") for leaf, tensor in self.checkpoint.linears[name].items()}
-        stored = [size * format.TILE for size in tensors["trellis"].shape[:2]]
-        if stored != [format.padded(in_features), format.padded(out_features)]:
-            self._problems.append(
-                f"{name} is quantized with {stored[0]} x {stored[1]} features, the model's layer has {in_features} x "
-                f"{out_features}, which would be {format.padded(in_features)} x {format.padded(out_features)}"
-            )
-            return None
-        if plain is not None and (plain.bias is None) != ("bias" not in tensors):
-            has, has_not = ("checkpoint", "model") if plain.bias is None else ("model", "checkpoint")
-            self._problems.append(f"{name} has a bias in the {has} and none in the {has_not}")
-            return None
-        if "bias" in tensors and tensors["bias"].shape[0] not in (out_features, stored[1]):
-            self._problems.append(
-                f"{name} has a bias of {tensors['bias'].shape[0]} for {out_features} output features"
-            )
-            return None
-        return tensors
-
-    def _stored(self, name: str, side: int) -> int:
-        return self.checkpoint.linears[name]["trellis"].shape[side] * format.TILE
-
-    def _split(self, path: str, parts: dict[str, str]) -> Exl3SplitLinear | None:
-        parent, _, fused = path.rpartition(".")
-        order = next((names for names in FUSED[fused] if set(names) == set(parts)), None)
-        if order is None:
-            self._problems.append(f"{path}: of its parts the checkpoint has only {', '.join(parts.values())}")
-            return None
-        names = [parts[part] for part in order]
-        plain = self._paths[path]
-        sizes = part_sizes(
-            plain, self._paths[parent], self.model.config, len(order), [self._stored(name, 1) for name in names]
-        )
-        if sizes is None:
-            self._problems.append(
-                f"{', '.join(names)}: their sizes do not make up the {linear_sizes(plain)[1]} of {path}"
-            )
-            return None
-        parts.clear()  # in the order of the rows, for `_add`
-        parts.update(zip(order, names))
-        layers = {
-            part: self._linear(name, linear_sizes(plain)[0], size) for part, name, size in zip(order, names, sizes)
-        }
-        if None in layers.values() or not self._have_biases(path, plain, names):
-            return None
-        return Exl3SplitLinear(layers, plain)
-
-    def _have_biases(self, path: str, plain: nn.Module, names: list[str]) -> bool:
-        """Whether the parts `names` have biases where `plain`, which they make up, has one; a problem is noted if not."""
-        has = ["bias" in self.checkpoint.linears[name] for name in names]
-        if has == [plain.bias is not None] * len(names):
-            return True
-        odd = [name for name, some in zip(names, has) if some is (plain.bias is None)]
-        self._problems.append(
-            f"{path} has {'no' if plain.bias is None else 'a'} bias, and {', '.join(odd)} in the checkpoint "
-            f"{'have one' if plain.bias is None else 'have none'}"
-        )
-        return False
-
-    def _sliced(self, path: str, parts: dict[int, str]) -> Exl3SlicedLinear | None:
-        if sorted(parts) != list(range(len(parts))):
-            self._problems.append(f"{path}: of its slices the checkpoint has only {', '.join(parts.values())}")
-            return None
-        ordered = dict(sorted(parts.items()))
-        parts.clear()
-        parts.update(ordered)
-        plain = self._paths[path]
-        sizes = linear_sizes(plain)
-        stored = [[self._stored(name, side) for name in parts.values()] for side in (0, 1)]
-        side = 0 if stored[0][0] < format.padded(sizes[0]) else 1
-        widths = stored[side][:-1]
-        widths.append(sizes[side] - sum(widths))
-        if not is_linear(plain):  # the slices are groups, each with its own padding
-            widths = [sizes[side] // len(parts)] * len(parts)
-        layers = []
-        for name, width in zip(parts.values(), widths):
-            layers.append(self._linear(name, *((width, sizes[1]) if side == 0 else (sizes[0], width))))
-        return None if None in layers else Exl3SlicedLinear(layers, plain)
-
-    def _experts(self, path: str, parts: dict[tuple[int, str], str]) -> Exl3Experts | None:
-        plain = self._paths[path]
-        count, hidden, intermediate = expert_sizes(plain)
-        roles = expert_roles(plain)
-        found = {EXPERT_ROLES[projection]: projection for _, projection in parts}
-        names = {role: found.get(role, role) for role in roles}
-        wanted = ((expert, name) for expert in range(count) for name in names.values())
-        missing = list(islice((f"{e}.{name}" for e, name in wanted if (e, name) not in parts), 4))
-        unknown = [f"{e}.{name}" for e, name in sorted(parts) if e >= count or name not in names.values()]
-        if missing or unknown:
-            self._problems.append(
-                f"{path} has {count} experts with {', '.join(roles)}; the checkpoint lacks {missing} and has {unknown[:4]}"
-            )
-            return None
-        projections = {}
-        for role in roles:
-            sizes = (intermediate, hidden) if role == "down" else (hidden, intermediate)
-            tensors, alike = [], {}
-            for name in (parts[expert, names[role]] for expert in range(count)):
-                kind = id(self.checkpoint.linears[name])
-                alike[kind] = alike.get(kind) or self._tensors(name, *sizes)
-                tensors.append(alike[kind])
-            projections[role] = None if None in tensors else Exl3Projection(*sizes, tensors)
-        ordered = {key: parts[key] for key in ((e, names[role]) for e in range(count) for role in roles)}
-        parts.clear()
-        parts.update(ordered)
-        return None if None in projections.values() else Exl3Experts(projections, plain)
-
-    def _embedding(self, name: str, path: str, tensors) -> Exl3Embedding | None:
-        plain = self._paths.get(path)
-        if not is_embedding(plain):
-            self._problems.append(
-                f"{name} is a quantized embedding table, and the model has {type(plain).__name__} at {path}"
-            )
-            return None
-        rows, width = tensors["trellis"].shape[0], tensors["signs"].numel()
-        if rows != plain.num_embeddings or not 0 <= width - plain.embedding_dim < format.EMBEDDING_GROUP:
-            self._problems.append(
-                f"{name} is a quantized embedding table of {rows} x {width}, the model's is {plain.num_embeddings} x "
-                f"{plain.embedding_dim}"
-            )
-            return None
-        return Exl3Embedding({leaf: tensor.to("meta") for leaf, tensor in tensors.items()}, plain)
 
     def _tied_head(self) -> str | None:
         """Path of the output embeddings, which the input embeddings of the checkpoint stand for, where the model has any."""
