@@ -57,7 +57,7 @@ if triton:
     from transformers.integrations.exl3.kernels.triton import linear as triton_linear
     from transformers.integrations.exl3.kernels.triton import search as triton_search
     from transformers.integrations.exl3.kernels.triton import target as triton_target
-    from transformers.integrations.exl3.kernels.triton.linear import Options
+    from transformers.integrations.exl3.kernels.triton.linear import ProductOptions
 
 
 @require_triton
@@ -119,7 +119,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         layer = Layer(200, 300, 3.5, "mcg", bias=True)
         x = layer.inputs(6, dtype)
         with (
-            mock.patch.object(triton_linear, "choose", lambda *_: None),
+            mock.patch.object(triton_linear, "choose_product", lambda *_: None),
             mock.patch.object(triton_linear, "DENSE_ELEMENTS", 256 * 128),
         ):
             y = layer.linear(x)
@@ -137,7 +137,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         layer = Layer(256, 128, 2.5, bias=True)
         for rows in (1, operand_rows + 1):
             x = layer.inputs(rows, dtype)
-            with mock.patch.object(triton_linear, "choose", lambda *_: Options(operand_rows, 4, order)):
+            with mock.patch.object(triton_linear, "choose_product", lambda *_: ProductOptions(operand_rows, 4, order)):
                 self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[dtype])
 
     @parameterized.expand([(1,), (2,), (3,), (5,), (64,)])
@@ -278,8 +278,8 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
                 self.assertLess(relative_error(run(), expected.double()), 1e-6)
             turing = mock.patch.object(triton_linear, "row_tiles", lambda target: {})
             with turing, mock.patch.object(gpu, "grouped_linear", side_effect=AssertionError("no matrix instruction")):
-                triton_linear.choose.cache_clear()
-                self.addCleanup(triton_linear.choose.cache_clear)
+                triton_linear.choose_product.cache_clear()
+                self.addCleanup(triton_linear.choose_product.cache_clear)
                 self.assertLess(relative_error(run(), expected.double()), 1e-6)
 
     def test_experts_of_a_model(self):
@@ -334,8 +334,8 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
             min(triton_search.MAX_OUTPUT_BITS, shift, 16 - choice_bits - thread_bits)
             for shift, choice_bits in ((even, odd), (odd, even))
         )
-        options = triton_search.Options(tiles, 1 << thread_bits, output_bits)
-        with mock.patch.object(triton_search, "choose", lambda *_: options):
+        options = triton_search.SearchOptions(tiles, 1 << thread_bits, output_bits)
+        with mock.patch.object(triton_search, "choose_search", lambda *_: options):
             self._check_search(search_case(tiles - 1, bits, "mul1", cost, weights=4))
 
     def test_search_with_scratch_for_one_program(self):

@@ -30,7 +30,7 @@ if triton:
     from transformers.integrations.exl3.kernels.triton import codes as triton_codes
     from transformers.integrations.exl3.kernels.triton import linear as triton_linear
     from transformers.integrations.exl3.kernels.triton import search as triton_search
-    from transformers.integrations.exl3.kernels.triton.linear import choose
+    from transformers.integrations.exl3.kernels.triton.linear import choose_product
 
     from . import aot
 
@@ -200,13 +200,17 @@ class Exl3TritonCompilerTest(unittest.TestCase):
 
     def test_the_choice_of_kernels(self):
         h100, a100, t4 = aot.target("sm_90"), aot.target("sm_80"), aot.Target("cuda", "sm_75", 40)
-        self.assertEqual([choose(rows, h100).operand_rows for rows in (1, 8, 9, 17, 33, 128)], [8, 8, 16, 32, 64, 64])
-        self.assertEqual([choose(rows, a100).operand_rows for rows in (1, 8, 9, 17, 33, 128)], [8, 8, 16, 32, 32, 32])
+        self.assertEqual(
+            [choose_product(rows, h100).operand_rows for rows in (1, 8, 9, 17, 33, 128)], [8, 8, 16, 32, 64, 64]
+        )
+        self.assertEqual(
+            [choose_product(rows, a100).operand_rows for rows in (1, 8, 9, 17, 33, 128)], [8, 8, 16, 32, 32, 32]
+        )
         for target in (h100, a100):
-            self.assertIsNone(choose(129, target))
-        self.assertIsNone(choose(1, t4))
-        self.assertEqual([choose(rows, aot.target("gfx1100")).operand_rows for rows in (1, 64)], [16, 16])
-        self.assertIsNone(choose(65, aot.target("gfx1100")))
+            self.assertIsNone(choose_product(129, target))
+        self.assertIsNone(choose_product(1, t4))
+        self.assertEqual([choose_product(rows, aot.target("gfx1100")).operand_rows for rows in (1, 64)], [16, 16])
+        self.assertIsNone(choose_product(65, aot.target("gfx1100")))
 
     def test_large_tensors_have_wide_offsets(self):
         """A trellis of 2^32 words, whose tiles' addresses need 64 bits, and a product with them."""
@@ -259,7 +263,7 @@ class Exl3TritonCompilerTest(unittest.TestCase):
         launch = aot.search_launch(arch, bits, dtype)
         kernel = self._check(launch, arch, UNAVOIDABLE_SPILLS.get((arch, bits, dtype), 0))
         if arch.startswith("sm_") and dtype is torch.int16:
-            programs = triton_search.choose(bits, 1, aot.target(arch)).programs
+            programs = triton_search.choose_search(bits, 1, aot.target(arch)).programs
             registers = kernel.registers * launch.arguments["THREADS"] * programs
             self.assertLessEqual(registers, 1 << 16, f"K = {bits}")
 

@@ -263,8 +263,8 @@ class Exl3TritonGpuTest(unittest.TestCase):
         expected = search.reference_kernel(*case)
         for scratch in (1, 1 << 24, triton_search.SCRATCH_BYTES):
             with mock.patch.object(triton_search, "SCRATCH_BYTES", scratch):
-                triton_search.choose.cache_clear()
-                self.addCleanup(triton_search.choose.cache_clear)
+                triton_search.choose_search.cache_clear()
+                self.addCleanup(triton_search.choose_search.cache_clear)
                 found = triton_search.kernel(*case, target_of(case[0].device))
             self.assertTrue(torch.equal(found, expected))
 

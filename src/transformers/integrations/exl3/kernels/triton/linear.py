@@ -156,7 +156,7 @@ def _product(
 
 
 @dataclass(frozen=True)
-class Options:
+class ProductOptions:
     """
     How the product is compiled: operand rows of a program, warps, the order of rows in `decode_bands`, and what else the
     compiler is told.
@@ -199,7 +199,9 @@ def register_limit(rows: int, warps: int, codebook: str, has_experts: bool) -> i
 
 
 @lru_cache
-def choose(operand_rows: int, target: Target, codebook: str = "mul1", has_experts: bool = False) -> Options | None:
+def choose_product(
+    operand_rows: int, target: Target, codebook: str = "mul1", has_experts: bool = False
+) -> ProductOptions | None:
     """How `operand_rows` are multiplied on `target`: options of the product kernel, or None if the weight is decoded first."""
     tiles = row_tiles(target)
     if not tiles or operand_rows > min(MAX_PRODUCT_ROWS, MAX_ROW_TILES * max(tiles)):
@@ -211,7 +213,7 @@ def choose(operand_rows: int, target: Target, codebook: str = "mul1", has_expert
     in_fours = target.backend == "cuda" and not is_wide and _triton_version() < (3, 8)
     limit = register_limit(rows, tiles[rows], codebook, has_experts)
     extra = (("maxnreg", limit),) if target.backend == "cuda" else ()
-    return Options(rows, tiles[rows], "fours" if in_fours else "pairs", extra)
+    return ProductOptions(rows, tiles[rows], "fours" if in_fours else "pairs", extra)
 
 
 def _triton_version() -> tuple[int, ...]:
@@ -248,7 +250,7 @@ def linear(
         return y
     # What float16 cannot hold of a float32 activation goes into an operand row of its own.
     terms = 2 if x.dtype is torch.float32 else 1
-    options = choose(x.shape[0] * terms, target, codebook)
+    options = choose_product(x.shape[0] * terms, target, codebook)
     if options is None:
         _decode_then_multiply(x, trellis, suh, svh, bias, codebook, y, target)
     else:
@@ -284,7 +286,9 @@ def grouped_linear(
     for start in range(0, x.shape[0], GROUPED_ROWS):
         part = slice(start, start + GROUPED_ROWS)
         rows = x[part]
-        options = choose(min(triton.cdiv(rows.shape[0], len(ranges)) * terms, max(tiles)), target, codebook, True)
+        options = choose_product(
+            min(triton.cdiv(rows.shape[0], len(ranges)) * terms, max(tiles)), target, codebook, True
+        )
         part_ranges = ranges if rows.shape[0] == x.shape[0] else (ranges - start).clamp(0, rows.shape[0])
         _multiply(rows, trellis, suh, svh, bias, codebook, y[part], target, options, terms, part_ranges)
 
@@ -340,7 +344,7 @@ def _multiply(x, trellis, suh, svh, bias, codebook, y, target, options, terms, r
     )
 
 
-def finish_rows(rows: int, options: Options, terms: int) -> int:
+def finish_rows(rows: int, options: ProductOptions, terms: int) -> int:
     """How many of `rows` a program of the product rotates at a time: one, or as many as there may be."""
     return 1 if rows == 1 else min(MAX_FINISH_ROWS, options.operand_rows // terms)
 

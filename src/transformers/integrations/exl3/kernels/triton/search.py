@@ -16,7 +16,7 @@ The trellis search in Triton: `search.reference_kernel`, to the same states.
 
 A program searches a few tiles at a time, which share the values that it reads. Each of its threads takes a run of nodes that
 follow each other, and for each of them the least over all choices, in registers. The costs of all nodes after a step, a
-*row*, pass through memory to the next step. The rows of all steps are kept instead of back-pointers, and the way back chooses
+*row*, pass through memory to the next step. The rows of all steps are kept instead of back-pointers, and the traceback chooses
 again at each node that it comes to. There are only so many programs as there is scratch memory for; each takes tiles in turn.
 
 Integer costs are the lowest digits of fp32 numbers from 2^23 on, which are whole and exact. A state takes three
@@ -259,7 +259,7 @@ def _search(
 
             if not is_last:
                 node = _cheapest(rows + steps * row_stride, NODES, TILES, THREADS, NODES)
-            # The way back: the first of the cheapest candidates for each node, as the steps had them.
+            # Traceback: the first of the cheapest candidates for each node, as the steps had them.
             choices = tl.arange(0, 1 << ODD)[None, :]
             for step in range(steps - 1, tl.where(is_last, 0, window) - 1, -1):
                 parity = step & 1
@@ -288,7 +288,7 @@ def _search(
 
 
 @dataclass(frozen=True)
-class Options:
+class SearchOptions:
     """
     How the search is compiled: tiles of a program, its threads and, for even and odd weights, the bits of a thread's nodes.
     And how many programs a processor has registers for, and what else the compiler is told.
@@ -307,11 +307,11 @@ def _added(bits):
 
 
 @lru_cache
-def choose(bits: float, kept_bytes: int, target: Target) -> Options:
+def choose_search(bits: float, kept_bytes: int, target: Target) -> SearchOptions:
     """How to search at a rate on `target`, where `kept_bytes` are needed for the rows of a tile."""
     even, odd = _added(bits)
     if target.backend == "interpreter":  # few operations on large tensors
-        return Options(1, format.NUM_STATES >> odd + 1, (1, 1))
+        return SearchOptions(1, format.NUM_STATES >> odd + 1, (1, 1))
     tiles = max(1, min(MAX_TILES, SCRATCH_BYTES // (target.processors * kept_bytes)))
     tiles = 1 << tiles.bit_length() - 1
     threads = next(threads for largest, threads in THREADS.items() if bits <= largest)
@@ -325,7 +325,7 @@ def choose(bits: float, kept_bytes: int, target: Target) -> Options:
     # on where it needs all of them.
     is_limited = target.ptx and (target.capability < 90 or tiles << max(output_bits) < 64)
     extra = (("maxnreg", 128),) if is_limited else ()
-    return Options(tiles, threads, output_bits, programs, extra)
+    return SearchOptions(tiles, threads, output_bits, programs, extra)
 
 
 def kernel(
@@ -346,7 +346,7 @@ def kernel(
     cost_dtype = torch.float32 if not limit else torch.uint8 if limit < 256 else torch.uint16
     kept = max(length, 2 * window) + 1
     kept_bytes = kept * (format.NUM_STATES >> even) * cost_dtype.itemsize
-    options = choose(bits, kept_bytes, target)
+    options = choose_search(bits, kept_bytes, target)
     program_bytes = options.tiles * kept_bytes
     programs = min(
         triton.cdiv(count, options.tiles),
