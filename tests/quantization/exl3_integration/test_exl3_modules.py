@@ -152,9 +152,8 @@ class Exl3ModulesTest(unittest.TestCase):
         self.assertEqual(module.cuts_input, cuts_input)
         self.assert_stands_for(module, torch.randn(5, 198))
 
-    @parameterized.expand(["mixtral", "gpt_oss", "nemotron_h"])
-    def test_experts(self, name):
-        """Gated, gated with interleaved columns, biases and a transposed layout, and without a gate."""
+    def experts(self, name, other_bits=None):
+        """A model's own experts, and quantized ones in their place, the last at `other_bits`."""
         model, _ = tiny_model(name)
         own = [
             module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "num_experts")
@@ -165,10 +164,24 @@ class Exl3ModulesTest(unittest.TestCase):
         roles = ("gate", "up", "down") if hasattr(own, "gate_up_proj") else ("up", "down")
         shapes = {role: (width, hidden) if role == "down" else (hidden, width) for role in roles}
         experts = [
-            {role: make(*shapes[role], has_bias, seed=10 * e + len(role))[0] for role in roles}
+            {
+                role: make(
+                    *shapes[role],
+                    has_bias,
+                    seed=10 * e + len(role),
+                    bits=other_bits if other_bits and e == own.num_experts - 1 else 4,
+                )[0]
+                for role in roles
+            }
             for e in range(own.num_experts)
         ]
-        module = stacked(experts, own)
+        return own, stacked(experts, own)
+
+    @parameterized.expand(["mixtral", "gpt_oss", "nemotron_h"])
+    def test_experts(self, name):
+        """Gated, gated with interleaved columns, biases and a transposed layout, and without a gate."""
+        own, module = self.experts(name)
+        hidden = 128
         plain = module.dequantize(torch.float32)
         self.assertEqual(
             {k: v.shape for k, v in plain.named_parameters()}, {k: v.shape for k, v in own.named_parameters()}
@@ -185,6 +198,48 @@ class Exl3ModulesTest(unittest.TestCase):
         self.assertLess(error(alone, plain(x, only, weights[:, :1])), 1e-5)
         self.assertLess(error(module(x[3:4], only[3:4], weights[3:4, :1]), alone[3:4]), 1e-5)
         self.assertEqual(module(x[:0], index[:0], weights[:0]).shape, (0, hidden))
+
+    @parameterized.expand(
+        [(name, dtype) for name in ("mixtral", "gpt_oss", "nemotron_h") for dtype in ("float32", "bfloat16")]
+    )
+    def test_experts_of_one_token_take_two_calls_of_the_kernel(self, name, dtype):
+        """To the same bytes as with routing, with several kinds of stacks, and with tensors that were replaced."""
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        own, module = self.experts(name, other_bits=2)
+        x, weights = torch.randn(1, 128, dtype=getattr(torch, dtype)), torch.rand(1, 3)
+        last = own.num_experts - 1
+        for index in ([last, 0, 1], [1, 0, 1], [0, last, own.num_experts]):
+            index = torch.tensor([index])
+            with patch.object(Exl3Experts, "_of_one_token", lambda *_: None):
+                expected = module(x, index, weights)
+            with patch.object(cpu, "_call", wraps=cpu._call) as call:
+                torch.testing.assert_close(module(x, index, weights), expected, rtol=0, atol=0)
+            names = [arguments[0] for arguments, _ in call.call_args_list]
+            if own.num_experts not in index:
+                self.assertEqual(names, ["exl3_linear"] * 2)
+        module.stacked_up.get_submodule("0").trellis.data = module.stacked_up.get_submodule("0").trellis.data.flip(0)
+        changed = module(x, index[:, :1], weights[:, :1])
+        with patch.object(Exl3Experts, "_of_one_token", lambda *_: None):
+            torch.testing.assert_close(changed, module(x, index[:, :1], weights[:, :1]), rtol=0, atol=0)
+        copied = copy.deepcopy(module)
+        torch.testing.assert_close(copied(x, index[:, :1], weights[:, :1]), changed, rtol=0, atol=0)
+
+    def test_hooks_gradients_and_adapters_see_the_experts_of_one_token(self):
+        own, module = self.experts("mixtral")
+        x, index, weights = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.rand(1, 2)
+        expected = module(x, index, weights)
+        seen = []
+        handle = module.stacked_down.get_submodule("0").register_forward_hook(lambda *_: seen.append("hook"))
+        torch.testing.assert_close(module(x, index, weights), expected, rtol=0, atol=0)
+        handle.remove()
+        self.assertEqual(seen, ["hook"])
+        y = module(x.requires_grad_(), index, weights)
+        y.sum().backward()
+        self.assertTrue(x.grad.abs().sum() > 0)
+        module.separate()
+        getattr(module, "0").expert_up = nn.Linear(128, own.down_proj.shape[-1])
+        self.assertGreater(error(module(x, index, weights), expected), 1e-3)
 
     def test_whatever_watches_sees_the_operator_of_experts(self):
         projection = Exl3Projection(128, 128, [random_linear(128, 128, seed=seed)[0] for seed in range(3)])

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from . import format, grouped
+from . import format, grouped, ops
 from .modules import Exl3Linear, Exl3Module
 
 
@@ -50,6 +50,7 @@ class Exl3StackedLinear(Exl3Module):
         self.register_parameter("bias", None)
         self.store(tensors)
         self.place_numbers()
+        self._directly = grouped.DirectStack()
 
     scales, codes = Exl3Linear.scales, Exl3Linear.codes
 
@@ -68,6 +69,20 @@ class Exl3StackedLinear(Exl3Module):
         return grouped.grouped_linear_directly(
             x, ranges, self.codes, *self.scales, self.bias, self.codebook, self.out_features
         )
+
+    def weights(self, entries: list[int]) -> list:
+        """What `grouped.multiply_rows` takes for `entries`, None for one that it does not take."""
+        own = self._parameters
+        if (
+            "suh" not in own
+            or "svh" not in own
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or "forward" in vars(self)
+        ):
+            return [None] * len(entries)
+        tensors = own["trellis"], own["suh"], own["svh"], own["bias"]
+        return self._directly(entries, *tensors, self.codebook, self.in_features, self.out_features)
 
     def place_numbers(self):
         """Have the numbers of the members on this module's device: a CUDA graph cannot copy them there."""
@@ -274,6 +289,47 @@ class Exl3Experts(Exl3Module):
         Returns:
             `torch.Tensor`: `[tokens, hidden]`.
         """
+        output = self._of_one_token(hidden_states, top_k_index)
+        if output is None:
+            output = self._of_tokens(hidden_states, top_k_index)
+        weighted = output.float() * top_k_weights.reshape(-1, 1).float()
+        return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+    def _of_one_token(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor | None:
+        """
+        The outputs `[k, hidden]` of the experts of one token on a CPU, in the order of `top_k_index`: rows times weights, without
+        routing. None where there are more tokens, or something is to see operators or modules.
+        """
+        if (
+            hidden_states.shape[0] != 1
+            or not ops.is_direct(hidden_states, None)
+            or len(self._modules) > len(self.roles)
+        ):
+            return None
+        if not all(ops.is_direct(hidden_states, stack.bias) for _, stack in self.stacks()):
+            return None
+        experts = top_k_index[0].tolist()
+        weights = {role: self._weights_of(role, experts) for role in self.roles}
+        first = [weight for role in self.roles if role != "down" for weight in weights[role]]
+        if None in first or None in weights["down"]:
+            return None
+        hidden = grouped.multiply_rows(first, hidden_states.expand(len(first), -1)).split(len(experts))
+        return grouped.multiply_rows(weights["down"], self._activated(*hidden).contiguous())
+
+    def _weights_of(self, role: str, experts: list[int]) -> list:
+        """What `grouped.multiply_rows` takes for a projection of `experts`, None for one that it does not take."""
+        places = [self._places[role].get(expert) for expert in experts]
+        if None in places:  # none, or with another process
+            return places
+        entries = defaultdict(list)
+        for stack, entry in places:
+            entries[stack].append(entry)
+        projection = self._modules[f"stacked_{role}"]
+        found = {stack: iter(projection._modules[stack].weights(some)) for stack, some in entries.items()}
+        return [next(found[stack]) for stack, _ in places]
+
+    def _of_tokens(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        """The outputs `[tokens k, hidden]` of the experts of tokens, in the order of `top_k_index`."""
         # Nothing is asked of the data: a graph stays whole, a GPU is not waited for.
         routed, order = top_k_index.flatten().sort(stable=True)
         bounds = torch.searchsorted(routed, torch.arange(self.num_experts + 1, device=routed.device))
@@ -284,8 +340,7 @@ class Exl3Experts(Exl3Module):
             ranges = bounds.unfold(0, 2, 1)
             output = self._expert(lambda role, rows: getattr(self, f"stacked_{role}")(rows, ranges), x)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        weighted = output.index_select(0, places).float() * top_k_weights.reshape(-1, 1).float()
-        return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+        return output.index_select(0, places)
 
     def _has_adapters(self) -> bool:
         """Whether something has been put in the place of separated layers, or hooks on them."""
@@ -314,16 +369,15 @@ class Exl3Experts(Exl3Module):
 
     def _expert(self, project: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What experts compute of rows `x`, where `project(role, rows)` are their projections."""
-        hidden = project("up", x)
-        if "gate" in self.roles:
-            gate = project("gate", x)
-            if getattr(self.plain, "is_concatenated", True):
-                hidden = self.plain._apply_gate(torch.cat((gate, hidden), dim=-1))
-            else:
-                hidden = self.plain._apply_gate(torch.stack((gate, hidden), dim=-1).flatten(-2))
-        else:
-            hidden = self.plain.act_fn(hidden)
-        return project("down", hidden)
+        return project("down", self._activated(*(project(role, x) for role in self.roles if role != "down")))
+
+    def _activated(self, *projected: torch.Tensor) -> torch.Tensor:
+        """What `down` takes, of the outputs of `gate`, if there is one, and `up`."""
+        if "gate" not in self.roles:
+            return self.plain.act_fn(*projected)
+        if getattr(self.plain, "is_concatenated", True):
+            return self.plain._apply_gate(torch.cat(projected, dim=-1))
+        return self.plain._apply_gate(torch.stack(projected, dim=-1).flatten(-2))
 
     def plain_views(self, name, tensor):
         leaf = "bias" if name.endswith("_bias") else "weight"

@@ -90,6 +90,34 @@ def grouped_linear_directly(x, ranges, trellis, suh, svh, bias, codebook, out_fe
     return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
 
 
+class DirectStack:
+    """
+    The weights of a stack for `multiply_rows`: each is checked and packed when it is first asked for, and again where the stack has
+    other tensors.
+    """
+
+    def __init__(self):
+        self._weights, self._key = {}, None
+
+    def __call__(
+        self, entries, trellis, suh, svh, bias, codebook, in_features, out_features
+    ) -> list[cpu.Weight | None]:
+        """Those of `entries`, other arguments as of `grouped_linear`. None for one that no compiled kernel takes."""
+        tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
+        key = ops.identity(tensors)
+        if key != self._key:
+            self._weights, self._key = {}, key
+        for entry in entries:
+            if entry not in self._weights:
+                one = [tensor[entry] for tensor in tensors]
+                addend = None if bias is None else one[3]
+                self._weights[entry] = ops.packed(one, addend, codebook, in_features, out_features)
+        return [self._weights[entry] for entry in entries]
+
+
+multiply_rows = cpu.multiply_rows
+
+
 def _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features):
     _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
     suh, svh, bias = map(_as_rows, (suh, svh, bias))

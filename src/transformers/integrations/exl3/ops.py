@@ -204,6 +204,32 @@ def is_watched() -> bool:
     )
 
 
+def is_direct(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether of a product of `x` on the CPU the result is all that is asked for: it may go without the dispatcher."""
+    return not (
+        is_watched()
+        or type(x) is not torch.Tensor
+        or not x.is_cpu
+        or x.dtype not in cpu.DTYPES
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    )
+
+
+def identity(tensors) -> list[tuple]:
+    """What changes where other tensors, or other memory, take the place of `tensors`."""
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+def packed(tensors, bias, codebook, in_features, out_features) -> cpu.Weight | None:
+    """The weight of `tensors`, `trellis`, `suh`, `svh` and more, as the compiled kernel takes it. None where it does not."""
+    is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
+    are_rows = is_plain and all(tensor.stride(-1) == 1 for tensor in tensors)
+    if not are_rows or tensors[0].dtype is not torch.int16 or not cpu.is_available():
+        return None
+    _check_weight(*tensors[:3])
+    return cpu.Weight(*tensors[:3], bias, codebook, in_features, out_features)
+
+
 class DirectLinear:
     """
     `linear` with one layer's weight, without the dispatcher, whose share of a product of one row is larger than the product's: for few
@@ -215,30 +241,14 @@ class DirectLinear:
 
     def __call__(self, x, trellis, suh, svh, bias, codebook, in_features, out_features) -> torch.Tensor | None:
         """Arguments as of `linear`. None where that is to be called instead."""
-        if (
-            is_watched()
-            or type(x) is not torch.Tensor
-            or not x.is_cpu
-            or x.dtype not in cpu.DTYPES
-            or x.dim() == 0
-            or x.shape[-1] != in_features
-            or x.numel() > FEW_ROWS * in_features
-            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        ):
+        is_fit = x.dim() > 0 and x.shape[-1] == in_features and x.numel() <= FEW_ROWS * in_features
+        if not is_fit or not is_direct(x, bias):
             return None
         tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
-        key = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        key = identity(tensors)
         if key != self._key:
-            self._weight, self._key = self._packed(tensors, bias, codebook, in_features, out_features), key
+            self._weight, self._key = packed(tensors, bias, codebook, in_features, out_features), key
         return None if self._weight is None else self._weight.multiply(x if x.is_contiguous() else x.contiguous())
-
-    @staticmethod
-    def _packed(tensors, bias, codebook, in_features, out_features):
-        is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
-        if not is_plain or tensors[0].stride(-1) != 1 or tensors[0].dtype is not torch.int16 or not cpu.is_available():
-            return None
-        _check_weight(*tensors[:3])
-        return cpu.Weight(*tensors[:3], bias, codebook, in_features, out_features)
 
 
 @linear.register_fake

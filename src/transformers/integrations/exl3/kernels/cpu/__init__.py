@@ -240,6 +240,37 @@ class Weight:
         return y
 
 
+def multiply_rows(weights: list[Weight], x: torch.Tensor) -> torch.Tensor:
+    """Row `i` of the result is row `i` of `x` times `weights[i]`, all on all threads together.
+
+    Args:
+        weights (`list[Weight]`): One and more, of the same `in_features` and `out_features`.
+        x (`torch.Tensor`): `[len(weights), in_features]` on the CPU, of a dtype of `DTYPES`, rows contiguous each.
+
+    Returns:
+        `torch.Tensor`: `[len(weights), out_features]`.
+
+    Raises:
+        ValueError: Where `x` or the weights are others.
+    """
+    into, out = weights[0].in_features, weights[0].out_features
+    if any((weight.in_features, weight.out_features) != (into, out) for weight in weights):
+        raise ValueError("the weights of rows that are multiplied together have different sizes")
+    if x.shape != (len(weights), into) or x.stride(1) != 1 or not x.is_cpu or x.dtype not in DTYPES:
+        raise ValueError(
+            f"{len(weights)} weights take as many contiguous rows of {into} features on the CPU: {_describe(x)}"
+        )
+    y = torch.empty(len(weights), out, dtype=x.dtype)
+    dtype, size, sizes = DTYPES[x.dtype], x.element_size(), _SIZES.pack(1, into, out)
+    at, step, to = x.data_ptr(), x.stride(0) * size, y.data_ptr()
+    calls = []
+    for weight in weights:
+        calls += (_OPERANDS.pack(at, into, dtype, to, out, dtype), weight._constant, sizes)
+        at, to = at + step, to + out * size
+    _call("exl3_linear", b"".join(calls), len(weights), torch.get_num_threads())
+    return y
+
+
 def grouped_linear(
     x: torch.Tensor,
     ranges: torch.Tensor,
