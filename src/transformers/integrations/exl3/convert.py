@@ -207,26 +207,29 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"{folder} is quantized already ({method}): convert the float model that it was made from.")
     name = next(iter(config.architectures or ()), None)
-    alike = {
-        known.replace("_", ""): known for known in dir(transformers)
-    }  # Ernie4_5_ForCausalLM is Ernie4_5ForCausalLM
-    found = getattr(transformers, alike.get(name.replace("_", ""), name), None) if name else None
-    if (
-        name and found is None
-    ):  # BailingMoeV3ForCausalLM is BailingHybridForCausalLM, and IQuestCoderForCausalLM LlamaForCausalLM
-        from ...models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
-
-        kinds = [
-            auto._model_mapping.get(type(config), None) for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
-        ]
-        named = (kind for kind in kinds if kind and kind.__name__.partition("For")[2] == name.partition("For")[2])
-        found = next(named, None)
+    found = _class_called(name, config) if name else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"{folder / CONFIG_NAME} names {name or 'nothing'} under `architectures`, which has to be a model class of Transformers "
             f"{versions()['transformers']}."
         )
     return found
+
+
+def _class_called(name: str, config) -> type | None:
+    """What files call `name`, which upstream may spell another way, or have another name for that ends in the same `For...`."""
+    from ...models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    alike = {known.replace("_", ""): known for known in dir(transformers)}  # Ernie4_5_ForCausalLM: Ernie4_5ForCausalLM
+    if (spelled := alike.get(name.replace("_", ""))) is not None:
+        return getattr(transformers, spelled)
+    # BailingMoeV3ForCausalLM is BailingHybridForCausalLM here, and IQuestCoderForCausalLM is LlamaForCausalLM.
+    kinds = [
+        auto._model_mapping.get(type(config), None) for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)
+    ]
+    return next(
+        (kind for kind in kinds if kind and kind.__name__.partition("For")[2] == name.partition("For")[2]), None
+    )
 
 
 def unpack_gguf(file: Path, folder: Path) -> Path:
