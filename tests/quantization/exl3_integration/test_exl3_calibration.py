@@ -60,7 +60,7 @@ class Exl3FeedbackTest(unittest.TestCase):
         """Held to a direct minimization in float64: all inputs that are still to come are free, those done are fixed."""
         inputs = correlated(600, 256).double()
         hessian = inputs.T @ inputs / 600 + 0.01 * torch.eye(256)
-        factor = feedback._factor(hessian, torch.ones(256, dtype=torch.float64))
+        factor = feedback._factor(hessian.clone(), torch.ones(256, dtype=torch.float64))
         rotated = encoder.hadamard(encoder.hadamard(hessian).T.contiguous())
         regular, targets = torch.randn(256, 48), []
 

@@ -96,9 +96,10 @@ def quantize_weight(
             continue
         suh, svh = (s.double() for s in encoder.scales(target, rms, seed, _scale_of(hessian)))
         factor = _factor(hessian, suh)
+        del hessian
         if factor is not None:
             break
-    hessian, into = hessian.float(), factor.shape[0]
+    hessian, into = _damped(moments.hessian.to(weight.device), shrinkage).float(), factor.shape[0]
     values = format.codebook_values(codebook, weight.device).float()
     trellis = torch.empty(
         into // format.TILE,
@@ -143,13 +144,12 @@ def _check(moments: Moments, in_features: int):
 
 def _damped(hessian: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """float64: shrunk to its diagonal and damped; the unit matrix where all inputs are 0."""
-    hessian = hessian.double()
+    hessian = hessian.to(torch.float64, copy=True)
     diagonal = hessian.diagonal().clamp_min(0)
     mean = diagonal.mean()
     if mean == 0:
         return torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device)
-    hessian = hessian * (1 - shrinkage)
-    hessian.diagonal().copy_(diagonal + DAMPING * mean)
+    hessian.mul_(1 - shrinkage).diagonal().copy_(diagonal + DAMPING * mean)
     return hessian
 
 
@@ -164,8 +164,11 @@ def _drifted(weight: torch.Tensor, hessian: torch.Tensor, moments: Moments) -> t
     if failed:
         return None
     weight = weight.detach().double()
-    drift = (moments.cross - moments.hessian).double().to(weight.device) @ weight.T
-    return weight + DRIFT * torch.cholesky_solve(drift, lower).T
+    pairs = zip(moments.cross.split(format.BLOCK), moments.hessian.split(format.BLOCK))
+    drift = torch.cat([(cross - own).double().to(weight.device) @ weight.T for cross, own in pairs])
+    for triangle in (lower, lower.T):  # `cholesky_solve` would copy the factor
+        drift = torch.linalg.solve_triangular(triangle, drift, upper=triangle is not lower)
+    return weight + DRIFT * drift.T
 
 
 def _scale_of(hessian: torch.Tensor) -> Callable:
@@ -180,9 +183,13 @@ def _scale_of(hessian: torch.Tensor) -> Callable:
 
 
 def _factor(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor | None:
-    """fp32 `L` `[in, in]` of the damped `hessian` with `suh` in it, `in` with padding; None where that is not positive definite."""
+    """
+    fp32 `L` `[in, in]` of the damped `hessian` with `suh` in it, `in` with padding; None where that is not positive definite.
+    `hessian` is overwritten.
+    """
     padding = suh.shape[0] - hessian.shape[0]
-    folded = torch.nn.functional.pad(hessian, (0, padding, 0, padding)).mul_(suh).mul_(suh[:, None])
+    folded = torch.nn.functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian
+    folded.mul_(suh).mul_(suh[:, None])
     diagonal = folded.diagonal()
     mean = diagonal.mean()
     if mean == 0:
