@@ -131,6 +131,48 @@ class Exl3FeedbackTest(unittest.TestCase):
         ratio = (ops.dequantize(*found, "mul1") * weight).sum() / weight.square().sum()
         self.assertAlmostEqual(float(ratio), 1 + feedback.DRIFT, delta=0.05)
 
+    def test_scales_of_outputs_are_the_best_for_these_inputs(self):
+        """What is left of the error has nothing in common with what is stored, as the inputs weigh it."""
+        inputs = correlated(1000, 128)
+        moments = feedback.Moments(inputs.T @ inputs / 1000)
+        weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+        found = feedback.quantize_weight(weight, moments, 2, search=encoding.search_on(weight.device), effort="fast")
+        stored, hessian = ops.dequantize(*found, "mul1").double(), feedback._damped(moments.hessian, 0.1)
+        left = (((weight - stored) @ hessian) * stored).sum(1) / ((stored @ hessian) * stored).sum(1)
+        self.assertLess(float(left.abs().max()), 1e-3)
+
+    def test_moments_are_shrunk_to_their_diagonal_and_damped(self):
+        hessian = torch.tensor([[3.0, 2.0], [2.0, 5.0]])
+        expected = torch.tensor([[3.2, 1.8], [1.8, 5.2]], dtype=torch.float64)
+        torch.testing.assert_close(feedback._damped(hessian, 0.1), expected)
+
+    def test_strong_inputs_have_smaller_scales(self):
+        weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).sign()
+        hessian = torch.eye(128)
+        hessian[3, 3] = 2.0**16  # and so is its square root, the exponent 1/8 of it 4
+        found = feedback.quantize_weight(
+            weight, feedback.Moments(hessian), 4, search=encoding.search_on(weight.device)
+        )
+        scales = found[1].abs().float()
+        # All others are damped by the mean.
+        expected = ((2.0**16 + 0.05 * hessian.diagonal().mean()) / (1 + 0.05 * hessian.diagonal().mean())) ** -0.125
+        torch.testing.assert_close(scales[3] / scales[4], expected, rtol=2e-3, atol=0)
+
+    def test_signs_follow_the_seed_and_the_search_the_effort(self):
+        weight, told = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)), []
+        search = encoding.search_on(weight.device)
+
+        def telling(tiles, bits, codebook, effort):
+            told.append(effort)
+            return search(tiles, bits, codebook, "fast")
+
+        for seed in (0, 7):
+            scales = encoder.quantize_weight(weight, 1, seed=seed, search=telling)[1:]
+            moments = feedback.Moments(torch.eye(128))
+            found = feedback.quantize_weight(weight, moments, 1, seed=seed, search=telling, effort="default")[1:]
+            torch.testing.assert_close([s.sign() for s in found], [s.sign() for s in scales], rtol=0, atol=0)
+        self.assertEqual({*told}, {"default"})
+
     @parameterized.expand([("hessian", "size"), ("cross", "size"), ("hessian", "nan"), ("cross", "nan")])
     def test_wrong_moments_are_refused(self, name, kind):
         good = torch.eye(128)
@@ -188,7 +230,8 @@ class Exl3CalibrationTest(unittest.TestCase):
             expected, *found = (m(ids)[0] for m in (plain, model, without))
         self.assertLess((found[0] - expected).norm(), 0.85 * (found[1] - expected).norm())
 
-    def test_each_layer_is_given_the_moments_of_what_reaches_it(self):
+    @parameterized.expand([("llama", 15), ("qwen2", 8)])
+    def test_each_layer_is_given_the_moments_of_what_reaches_it(self, name, layers):
         """Of inputs that come through the layers before it when they are quantized, and of the same in the float model."""
         ids = torch.tensor(some_rows())
         seen, float_inputs, inputs = {}, {}, {}
@@ -200,18 +243,19 @@ class Exl3CalibrationTest(unittest.TestCase):
 
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             with mock.patch.object(calibration, "quantize_in_place", spying):
-                model, plain, _ = self.quantized("llama", folder, head_bits=3)
+                model, plain, _ = self.quantized(name, folder, head_bits=3)
             for which, kept in ((model, inputs), (plain, float_inputs)):
                 for path in seen:
                     which.get_submodule(path).register_forward_pre_hook(
                         lambda module, args, path=path, kept=kept: kept.update({path: args[0].flatten(0, -2).double()})
                     )
                 which(ids)
-        self.assertEqual(len(seen), 15)
+        self.assertEqual(len(seen), layers)
         for path, moments in seen.items():
             x, f = inputs[path], float_inputs[path]
             torch.testing.assert_close(moments.hessian.double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(moments.cross.double(), x.T @ f / len(x), rtol=1e-3, atol=1e-4)
+            # Biases are read in fp16, as they are stored.
+            torch.testing.assert_close(moments.cross.double(), x.T @ f / len(x), rtol=1e-3, atol=1e-3)
         self.assertIs(seen["model.layers.0.self_attn.q_proj"], seen["model.layers.0.self_attn.k_proj"])
         self.assertGreater(
             (seen["lm_head"].cross - seen["lm_head"].hessian).norm(), 0.01 * seen["lm_head"].hessian.norm()
@@ -222,18 +266,56 @@ class Exl3CalibrationTest(unittest.TestCase):
             model, _, _ = self.quantized("mixtral", folder)
         experts = model.model.layers[0].mlp.experts
         x, index = torch.randn(300, 128), torch.randint(0, 3, (300, 2))  # none to the last
-        mixture = calibration._Mixture("experts", experts, x, x, index)
+        floats = x + torch.randn(300, 128)
+        mixture = calibration._Mixture("experts", experts, x, floats, index)
         of_all = x.T @ x / 300
         own = x[(index == 1).any(1)]
         share = len(own) / (len(own) + 128)
         expected = share * (own.T @ own / len(own)) + (1 - share) * of_all
         torch.testing.assert_close(mixture.into("1.expert_up").hessian, expected, rtol=1e-3, atol=1e-4)
+        own_floats = floats[(index == 1).any(1)]
+        expected = share * (own.T @ own_floats / len(own)) + (1 - share) * (x.T @ floats / 300)
+        torch.testing.assert_close(mixture.into("1.expert_up").cross, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mixture.into("3.expert_gate").hessian, of_all, rtol=1e-3, atol=1e-4)
         self.assertIsNone(mixture.down("3.expert_down"))
         hidden = torch.nn.functional.silu(experts.projection(1, "gate")(own)) * experts.projection(1, "up")(own)
         moment, share = hidden.T @ hidden / len(own), len(own) / (len(own) + 100)
         expected = share * moment + (1 - share) * moment.diagonal().diag()
         torch.testing.assert_close(mixture.down("1.expert_down").hessian, expected, rtol=1e-3, atol=1e-4)
+
+    def test_moments_are_those_of_all_rows(self):
+        x, f = torch.randn(2, 23, 128, generator=torch.Generator().manual_seed(0))
+        with mock.patch.object(calibration, "MOMENT_ROWS", 10):
+            found = calibration.moments("layer", x, f)
+        torch.testing.assert_close(found, feedback.Moments(x.T @ x / 23, x.T @ f / 23), rtol=1e-4, atol=1e-5)
+        self.assertIsNone(calibration.moments("layer", x, f[:0]).cross)
+
+    def test_moments_are_taken_anew_of_an_input_that_was_changed_in_place(self):
+        ids, x, seen = torch.zeros(3, 5), torch.randn(6, 5, 128), []
+        run = calibration._Pass(tiny_model("llama")[0], {}, None, ids)
+        with mock.patch.object(calibration, "quantize_in_place", lambda *args: seen.append(args[3](""))):
+            for factor in (1, 1, 2):
+                self.assertEqual(run._quantize_linear("layer", None, x.mul_(factor) if factor > 1 else x), 3)
+        self.assertIs(seen[0], seen[1])
+        torch.testing.assert_close(seen[2].hessian, 4 * seen[0].hessian)
+
+    def test_inputs_that_are_of_no_batch_are_of_one_stream(self):
+        """Such as the table of relative positions, which layers of DeBERTa read."""
+        run = calibration._Pass(tiny_model("llama")[0], {}, None, torch.zeros(3, 5))
+        shapes = [(6, 5, 128), (30, 128), (1, 8, 128), (8, 128)]
+        self.assertEqual([run._count(torch.empty(shape)) for shape in shapes], [3, 15, 1, 8])
+
+    def test_one_pass_reads_the_text_up_to_the_head(self):
+        forward = LlamaForCausalLM.forward
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(LlamaForCausalLM, "forward", autospec=True, side_effect=forward) as call,
+            mock.patch.object(calibration, "_stop", side_effect=calibration._HeadReached) as stop,
+        ):
+            self.quantized("llama", folder)
+        self.assertEqual((call.call_count, stop.call_count), (1, 1))
+        self.assertEqual(call.call_args.kwargs["use_cache"], False)
+        self.assertEqual(call.call_args.kwargs["input_ids"].tolist(), some_rows() * 2)
 
     def test_what_the_text_does_not_reach_is_quantized_without_data_and_counted(self):
         with tempfile.TemporaryDirectory() as folder, self.assertLogs(SHOWN, "WARNING") as logs:
@@ -326,6 +408,9 @@ class Exl3CalibrationTest(unittest.TestCase):
                 auto_class.from_pretrained(
                     folder, quantization_config=config, device_map={"": "disk"}, offload_folder=saved
                 )
+            places = {"device_map": "auto", "max_memory": {"cpu": 100_000}, "offload_folder": saved}
+            with self.assertRaisesRegex(ValueError, "`device_map` offloads some of it"):
+                auto_class.from_pretrained(folder, quantization_config=config, **places)
 
     @parameterized.expand([("tp", {"tp_size": 2}), ("fsdp", {"fsdp_size": 2})])
     def test_several_processes_are_refused(self, _, sizes):
@@ -387,6 +472,18 @@ class Exl3TextTest(unittest.TestCase):
             [3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [20, 20, 20, 20, 21, 21]
         ])  # fmt: skip
         self.assertEqual(len(self.windows([[3] * 100])), 4)
+
+    def test_windows_are_no_longer_than_the_model_can_read(self):
+        model = copy.copy(tiny_model("llama")[0])
+        model.config = copy.copy(model.config)
+        model.config.max_position_embeddings = 4
+        for dataset in ([list(range(3, 16))], "self"):
+            windows = text.windows_of(model, Exl3Config(dataset=dataset, calibration_rows=2, calibration_length=6))
+            self.assertEqual(windows.shape, (2, 4))
+
+    def test_the_model_writes_out_of_all_of_its_vocabulary(self):
+        windows = self.windows("self", calibration_rows=1500, calibration_length=2)
+        self.assertGreater(len(windows[:, 1].unique()), 90)
 
     def test_the_model_writes_text_that_depends_on_the_seed_alone(self):
         model, _ = tiny_model("llama")

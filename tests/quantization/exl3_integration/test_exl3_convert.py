@@ -289,6 +289,24 @@ class Exl3ConvertTest(unittest.TestCase):
             convert(self.source, self.source, small_config(), resume)
         self.assertEqual(digests(self.source), before)
 
+    def test_what_a_kill_at_the_very_end_leaves_is_removed(self):
+        small_model(self.source)
+        os.makedirs(os.path.join(self.output, conversion.DONE, "work"))
+        convert(self.source, self.output, small_config())
+        self.assertEqual(digests(self.output).keys(), {*BESIDE, *SAVED, "README.md"})
+        self.assertNotIn(conversion.DONE, os.listdir(self.output))
+
+    def test_a_file_of_weights_is_known_by_pieces_of_all_of_it(self):
+        file, found = Path(self.folder, "weights"), []
+        for place in (None, 0, 5 << 20, (8 << 20) - 1):
+            with open(file, "wb") as stream:
+                stream.truncate(8 << 20)
+                if place is not None:
+                    stream.seek(place)
+                    stream.write(b".")
+            found.append(conversion.fingerprints([file])["weights"])
+        self.assertEqual(len({*found}), 4)
+
     def test_a_damaged_layer_is_named(self):
         self.unfinished()
         file = next(Path(self.output, conversion.UNFINISHED, "work", "layers").iterdir())
@@ -310,6 +328,16 @@ class Exl3ConvertTest(unittest.TestCase):
             convert(self.source, self.output, Exl3Config(bits=4))
         self.assertEqual(done, [])
         self.assertFalse(os.path.exists(self.output))
+
+    def test_the_room_that_is_needed_is_less_by_what_is_finished(self):
+        layers, free = finished.LayerFiles(Path(self.folder)), shutil.disk_usage(self.folder)
+        Path(self.folder, "a.safetensors").write_bytes(bytes(60))
+        Path(self.folder, f"b.safetensors{finished.PART}").write_bytes(bytes(30))  # a kill left it
+        with patch.object(finished, "_bytes_to_write", return_value=(100, 50)):
+            for left, is_enough in ((90, True), (89, False)):
+                with patch.object(finished.shutil, "disk_usage", return_value=free._replace(free=left)):
+                    layers.begin(None) if is_enough else self.assertRaises(OSError, layers.begin, None)
+        self.assertEqual(os.listdir(self.folder), ["a.safetensors"])
 
     def test_a_mistake_that_is_noticed_before_a_layer_is_finished_leaves_nothing(self):
         small_model(self.source)
@@ -364,7 +392,12 @@ class Exl3ConvertTest(unittest.TestCase):
             self.assertIn(text, card.text)
 
     @parameterized.expand(
-        [("none", None), ("without_metadata", "# Text"), ("malformed", "---\nlicense: [\n---\n# Text")]
+        [
+            ("none", None),
+            ("without_metadata", "# Text"),
+            ("malformed", "---\nlicense: [\n---\n# Text"),
+            ("that_of_a_derived_model", "---\nbase_model: another/model\n---\n# Text"),
+        ]
     )
     def test_a_model_card_is_made_of(self, _, text):
         small_model(self.source)

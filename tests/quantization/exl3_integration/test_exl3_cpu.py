@@ -136,7 +136,7 @@ class Exl3LinearKernelTest(KernelTest):
                 results.append(self.multiply(x, arguments, 896))
         self.assertGreater(len(results), 3)
         for result in results[1:]:
-            self.assertTrue(torch.equal(result, results[0]))
+            torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
     @parameterized.expand(itertools.product((1, 2, 3, 15, 16, 17, 40), DTYPES, ("mcg", "mul1")))
     def test_every_number_of_rows(self, rows, dtype, codebook):
@@ -147,7 +147,9 @@ class Exl3LinearKernelTest(KernelTest):
         # Each row gives the same bytes whichever others it is among, but for the few that are fused.
         alone = 1 if rows <= 2 or codebook == "mcg" or dtype == "float32" else 3
         for row in range(rows - alone + 1):
-            self.assertTrue(torch.equal(self.multiply(x[row : row + alone], arguments, 384), y[row : row + alone]))
+            torch.testing.assert_close(
+                self.multiply(x[row : row + alone], arguments, 384), y[row : row + alone], rtol=0, atol=0
+            )
 
     @parameterized.expand(itertools.product(ISAS, (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)))
     def test_few_rows_are_the_reference_to_the_byte(self, isa, bits):
@@ -165,7 +167,8 @@ class Exl3LinearKernelTest(KernelTest):
         for bits in format.BITS:
             arguments, _ = self.layer(bits=bits)
             expected = reference.linear(x, *arguments[:4], 8 if bits <= 4 else 16)
-            self.assertTrue(torch.equal(self.multiply(x, arguments, 384), expected), bits)
+            with self.subTest(bits=bits):
+                torch.testing.assert_close(self.multiply(x, arguments, 384), expected, rtol=0, atol=0)
 
     def test_other_bits_of_inputs_are_an_error(self):
         arguments, _ = self.layer()
@@ -194,9 +197,9 @@ class Exl3LinearKernelTest(KernelTest):
             trellis.movedim(2, 0).contiguous().movedim(0, 2),
         ]
         for order in orders[1:]:
-            self.assertTrue(torch.equal(order, trellis))
-            self.assertTrue(
-                torch.equal(self.multiply(x, (order, *others), 384), self.multiply(x, (trellis, *others), 384))
+            torch.testing.assert_close(order, trellis, rtol=0, atol=0)
+            torch.testing.assert_close(
+                self.multiply(x, (order, *others), 384), self.multiply(x, (trellis, *others), 384), rtol=0, atol=0
             )
 
     def test_any_layout_of_rows(self):
@@ -204,11 +207,11 @@ class Exl3LinearKernelTest(KernelTest):
         x = torch.randn(3, 256)
         expected = self.multiply(x, arguments, 384)
         for layout in (x.T.contiguous().T, torch.randn(3, 512).index_copy_(1, torch.arange(256), x)[:, :256]):
-            self.assertTrue(torch.equal(layout, x))
-            self.assertTrue(torch.equal(self.multiply(layout, arguments, 384), expected))
+            torch.testing.assert_close(layout, x, rtol=0, atol=0)
+            torch.testing.assert_close(self.multiply(layout, arguments, 384), expected, rtol=0, atol=0)
         wide = torch.zeros(3, 400)
         cpu.linear([(x, *arguments)], [wide[:, 5:389]])
-        self.assertTrue(torch.equal(wide[:, 5:389], expected))
+        torch.testing.assert_close(wide[:, 5:389], expected, rtol=0, atol=0)
         self.assertEqual((wide[:, :5].abs().sum(), wide[:, 389:].abs().sum()), (0, 0))
 
     def test_several_layers_at_once(self):
@@ -221,7 +224,7 @@ class Exl3LinearKernelTest(KernelTest):
             expected.append(self.multiply(layers[-1][0], arguments, out_features))
         cpu.linear(layers, outs)
         for result, single in zip(outs, expected):
-            self.assertTrue(torch.equal(result, single))
+            torch.testing.assert_close(result, single, rtol=0, atol=0)
 
     @parameterized.expand(DTYPES)
     def test_what_is_not_finite_goes_on(self, dtype):
@@ -283,7 +286,7 @@ class Exl3LinearKernelTest(KernelTest):
         expected = self.multiply(x, arguments, 512)
         self.addCleanup(cpu._library.cache_clear)
         cpu._library().exl3_use_openmp(None)
-        self.assertTrue(torch.equal(self.multiply(x, arguments, 512), expected))
+        torch.testing.assert_close(self.multiply(x, arguments, 512), expected, rtol=0, atol=0)
 
     def test_refuses_what_it_cannot_read(self):
         (trellis, suh, svh, bias, codebook), _ = self.layer()
@@ -335,14 +338,14 @@ class Exl3OtherKernelsTest(KernelTest):
         inner = format.decode(trellis, codebook)
         for dtype in DTYPES:
             decoded = cpu.decode(trellis, codebook, getattr(torch, dtype))
-            self.assertTrue(torch.equal(decoded, inner.to(decoded.dtype)), dtype)
+            torch.testing.assert_close(decoded, inner.to(decoded.dtype), rtol=0, atol=0)
         expected = hadamard(hadamard(inner.float()).T) * suh.float() * svh[:, None].float()
-        self.assertTrue(torch.equal(cpu.dequantize(trellis, suh, svh, codebook), expected))
+        torch.testing.assert_close(cpu.dequantize(trellis, suh, svh, codebook), expected, rtol=0, atol=0)
 
     @parameterized.expand([(slice(2, 5), slice(3, 9)), (slice(0, 8, 2), slice(0, 16)), (slice(0, 8), slice(0, 16, 3))])
     def test_decoding_slices(self, rows, columns):
         trellis = torch.randint(-(2**15), 2**15, (8, 16, 48)).to(torch.int16)[rows, columns]
-        self.assertTrue(torch.equal(cpu.decode(trellis, "mcg"), format.decode(trellis, "mcg").float()))
+        torch.testing.assert_close(cpu.decode(trellis, "mcg"), format.decode(trellis, "mcg").float(), rtol=0, atol=0)
 
     def test_decoding_nothing(self):
         self.assertEqual(cpu.decode(torch.empty(0, 8, 48, dtype=torch.int16), "mul1").shape, (0, 128))
@@ -369,16 +372,16 @@ class Exl3OtherKernelsTest(KernelTest):
         cpu.rotate(x, before, after, None, out)
         padded = torch.nn.functional.pad(x.float(), (0, 56))
         expected = hadamard(padded * before) * after
-        self.assertTrue(torch.equal(out, expected.to(out.dtype)))
+        torch.testing.assert_close(out, expected.to(out.dtype), rtol=0, atol=0)
         cut = torch.empty(5, 130, dtype=out.dtype)
         cpu.rotate(x, None, None, bias, cut)
-        self.assertTrue(torch.equal(cut, (hadamard(padded)[:, :130] + bias).to(out.dtype)))
+        torch.testing.assert_close(cut, (hadamard(padded)[:, :130] + bias).to(out.dtype), rtol=0, atol=0)
 
     def test_rotating_any_layout(self):
         x = torch.randn(5, 200)
         for layout in (x.T.contiguous().T, torch.cat((x, x), 1)[:, :200], x[:1].expand(5, -1)):
-            self.assertTrue(
-                torch.equal(cpu.rotate(layout), cpu.rotate(layout.clone(memory_format=torch.contiguous_format)))
+            torch.testing.assert_close(
+                cpu.rotate(layout), cpu.rotate(layout.clone(memory_format=torch.contiguous_format)), rtol=0, atol=0
             )
 
     def test_rotating_refuses_what_it_cannot_read(self):
@@ -402,12 +405,12 @@ class Exl3OtherKernelsTest(KernelTest):
         scales = halves[halves.isfinite()].view(-1, 128)
         for scale in scales:
             out = cpu.rotate(x, after=scale)
-            self.assertTrue(torch.equal(out[0], hadamard(x)[0] * scale.float()))
+            torch.testing.assert_close(out[0], hadamard(x)[0] * scale.float(), rtol=0, atol=0)
         values = torch.cat((torch.randn(256) * 1e-6, torch.randn(256) * 1e4, torch.randn(256), torch.zeros(128)))
         for dtype in (torch.float16, torch.bfloat16):
             for some in values.view(-1, 128):
                 out = cpu.rotate(x, after=some, out=torch.empty(1, 128, dtype=dtype))
-                self.assertTrue(torch.equal(out[0], (hadamard(x)[0] * some).to(dtype)))
+                torch.testing.assert_close(out[0], (hadamard(x)[0] * some).to(dtype), rtol=0, atol=0)
 
 
 def guarded(tensor, at_end):

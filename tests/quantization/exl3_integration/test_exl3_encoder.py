@@ -93,13 +93,13 @@ class Exl3SearchReferenceTest(unittest.TestCase):
     @parameterized.expand(BITS)
     def test_states_are_a_ring(self, bits):
         states = search.search_reference(codable_tiles(1, bits, "mul1"), bits, "mul1")
-        self.assertTrue(torch.equal(format.unpack_states(format.pack_states(states, bits)), states))
+        torch.testing.assert_close(format.unpack_states(format.pack_states(states, bits)), states, rtol=0, atol=0)
 
     def test_decoded_tile_is_found_again(self):
         trellis = torch.randint(-(2**15), 2**15, (1, 64), generator=torch.Generator().manual_seed(1)).to(torch.int16)
         states = format.unpack_states(trellis)
         tiles = format.codebook_values("mcg")[states].float()
-        self.assertTrue(torch.equal(search.search_reference(tiles, 4, "mcg"), states))
+        torch.testing.assert_close(search.search_reference(tiles, 4, "mcg"), states, rtol=0, atol=0)
 
     def test_equal_costs_take_the_smallest_state(self):
         # A weight that is infinitely far from everything leaves nothing to choose by.
@@ -135,8 +135,8 @@ class Exl3CompiledSearchTest(unittest.TestCase):
                     cpu.isa()
                 except ValueError:
                     continue  # not of this machine
-                for effort, states in expected.items():
-                    self.assertTrue(torch.equal(cpu.search(tiles, bits, codebook, effort), states), effort)
+                found = {effort: cpu.search(tiles, bits, codebook, effort) for effort in search.EFFORTS}
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     @parameterized.expand([(2, 1), (3, 2.5), (5, 4), (9, 6)])
     def test_tiles_do_not_depend_on_their_neighbours_or_threads(self, count, bits):
@@ -146,7 +146,7 @@ class Exl3CompiledSearchTest(unittest.TestCase):
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            self.assertTrue(torch.equal(cpu.search(tiles, bits, "mcg"), expected))
+            torch.testing.assert_close(cpu.search(tiles, bits, "mcg"), expected, rtol=0, atol=0)
 
     @parameterized.expand(RATES_AND_CODEBOOKS)
     def test_search_error_is_near_that_of_an_exact_search(self, bits, codebook):
@@ -186,7 +186,9 @@ class Exl3CompiledSearchTest(unittest.TestCase):
     @parameterized.expand([(5,), (0,)])
     def test_search_takes_any_layout(self, count):
         tiles = normal(256, 2 * count)[:, ::2].T
-        self.assertTrue(torch.equal(cpu.search(tiles, 4, "mul1"), cpu.search(tiles.contiguous(), 4, "mul1")))
+        torch.testing.assert_close(
+            cpu.search(tiles, 4, "mul1"), cpu.search(tiles.contiguous(), 4, "mul1"), rtol=0, atol=0
+        )
 
     def test_search_refuses_what_it_cannot_read(self):
         for tiles in (normal(2, 256).double(), normal(2, 128), normal(256), torch.empty(2, 256, device="meta")):
@@ -279,7 +281,7 @@ class Exl3QuantizeWeightTest(unittest.TestCase):
             torch.set_num_threads(count)
             results.append(quantize(weight, 3))
         for other in results[1:]:
-            self.assertTrue(all(torch.equal(*pair) for pair in zip(results[0], other)))
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
     def test_strips_do_not_change_the_bytes(self):
         weight = normal(300, 100)
@@ -287,20 +289,20 @@ class Exl3QuantizeWeightTest(unittest.TestCase):
         done = []
         with patch.object(encoder, "STRIP_ELEMENTS", 1):
             result = quantize(weight, progress=done.append)
-        self.assertTrue(all(torch.equal(*pair) for pair in zip(result, expected)))
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
         self.assertEqual(done, [12800, 12800, 4400])
 
     def test_layout_of_the_weight_does_not_matter(self):
         weight = normal(100, 300)
         expected = quantize(weight)
         result = quantize(weight.T.contiguous().T.requires_grad_())
-        self.assertTrue(all(torch.equal(*pair) for pair in zip(result, expected)))
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
         self.assertFalse(any(tensor.requires_grad for tensor in result))
 
     def test_zeros(self):
         trellis, suh, svh = quantize(torch.zeros(100, 200))
         self.assertEqual((suh.count_nonzero(), svh.count_nonzero()), (0, 0))
-        self.assertTrue(torch.equal(format.pack_states(format.unpack_states(trellis), 3), trellis))
+        torch.testing.assert_close(format.pack_states(format.unpack_states(trellis), 3), trellis, rtol=0, atol=0)
 
     def test_channels_of_zeros_stay_zero(self):
         weight = normal(140, 150)
@@ -378,7 +380,7 @@ class Exl3EmbeddingEncoderTest(unittest.TestCase):
             states = search.search_reference(codable_tiles(2, bits, "mul1"), bits, "mul1")
             words = format.pack_embedding_states(states, bits)
             self.assertEqual((words.dtype, list(words.shape)), (torch.int16, [2, 16 * bits]))
-            self.assertTrue(torch.equal(format.unpack_embedding_states(words), states))
+            torch.testing.assert_close(format.unpack_embedding_states(words), states, rtol=0, atol=0)
 
     def test_scales_are_those_of_the_least_squared_error(self):
         table = normal(5, 256)
@@ -412,7 +414,7 @@ class Exl3EmbeddingEncoderTest(unittest.TestCase):
             with patch.object(encoder, "STRIP_ELEMENTS", strip):
                 results.append(self.quantize(table, 3, progress=done.append))
         for other in results[1:]:
-            self.assertTrue(all(torch.equal(*pair) for pair in zip(results[0], other)))
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
         self.assertEqual((sum(done), len(done)), (3 * 20 * 300, 1 + 20 + 4))
 
     def test_what_cannot_be_quantized(self):

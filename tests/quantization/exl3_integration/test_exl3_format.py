@@ -54,8 +54,9 @@ def read_linear(name):
     return (tensors["trellis"], suh, svh, tensors.get("bias"), metadata["codebook"]), tensors
 
 
-def same_bits(result, expected):
-    return result.dtype == expected.dtype and torch.equal(result.view(torch.int16), expected.view(torch.int16))
+def assert_same_bits(result, expected):
+    assert result.dtype == expected.dtype, (result.dtype, expected.dtype)
+    torch.testing.assert_close(result.view(torch.int16), expected.view(torch.int16), rtol=0, atol=0)
 
 
 def rms_error(result, expected):
@@ -73,7 +74,7 @@ class Exl3VectorsTest(unittest.TestCase):
     def test_decodes_to_the_same_bits(self, name):
         tensors, metadata = read_vector(name)
         inner = format.decode(tensors["trellis"], metadata["codebook"])
-        self.assertTrue(same_bits(inner, tensors["inner"]))
+        assert_same_bits(inner, tensors["inner"])
         self.assertEqual(hashlib.sha256(inner.numpy().tobytes()).hexdigest(), metadata["inner_sha256"])
         self.assertEqual(format.bits_of(tensors["trellis"]), float(metadata["K"]))
         self.assertEqual([str(size) for size in inner.shape], [metadata["in_features"], metadata["out_features"]])
@@ -82,11 +83,11 @@ class Exl3VectorsTest(unittest.TestCase):
     def test_states(self, name):
         tensors, metadata = read_vector(name)
         states = format.unpack_states(tensors["trellis"])
-        self.assertTrue(torch.equal(states[0, 0], tensors["states_first"]))
-        self.assertTrue(torch.equal(states[-1, -1], tensors["states_last"]))
+        torch.testing.assert_close(states[0, 0], tensors["states_first"], rtol=0, atol=0)
+        torch.testing.assert_close(states[-1, -1], tensors["states_last"], rtol=0, atol=0)
         packed = format.pack_states(states, float(metadata["K"]))
         self.assertEqual(packed.dtype, torch.int16)
-        self.assertTrue(torch.equal(packed, tensors["trellis"]))
+        torch.testing.assert_close(packed, tensors["trellis"], rtol=0, atol=0)
 
     @parameterized.expand(LINEARS)
     def test_codebook_markers(self, name):
@@ -124,7 +125,7 @@ class Exl3VectorsTest(unittest.TestCase):
     @parameterized.expand(CODEBOOKS)
     def test_codebooks(self, codebook):
         expected, _ = read_vector("codebooks")
-        self.assertTrue(same_bits(format.codebook_values(codebook), expected[codebook]))
+        assert_same_bits(format.codebook_values(codebook), expected[codebook])
 
     def test_packed_signs(self):
         name = next(name for name in LINEARS if name.endswith("_legacy"))
@@ -133,7 +134,7 @@ class Exl3VectorsTest(unittest.TestCase):
             features = torch.arange(16 * tensors[sign].shape[0])
             words = tensors[sign].to(torch.int32) & 0xFFFF
             expected = 1.0 - 2.0 * ((words[features // 16] >> (features % 16)) & 1)
-            self.assertTrue(same_bits(format.unpack_signs(tensors[sign]), expected.half()))
+            assert_same_bits(format.unpack_signs(tensors[sign]), expected.half())
 
     def test_embedding_table(self):
         tensors, _ = read_vector("embed_ring_k4_6x640")
@@ -161,13 +162,13 @@ class Exl3FormatTest(unittest.TestCase):
             trellis = words.view(dtype)
             states = format.unpack_states(trellis)
             self.assertEqual((states.dtype, states.shape), (torch.int32, (2, 3, 256)))
-            self.assertTrue(torch.equal(format.pack_states(states, bits), words))
+            torch.testing.assert_close(format.pack_states(states, bits), words, rtol=0, atol=0)
             ends = torch.tensor(format.stream_ends(bits))
             added = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
             self.assertEqual(ends[-1].item(), 256 * bits)
             self.assertEqual(sorted(set(added.tolist())), sorted({int(bits), int(bits + 0.5)}))
             shifted = (states.roll(1, -1) << added) & 0xFFFF
-            self.assertTrue(torch.equal(states >> added << added, shifted))
+            torch.testing.assert_close(states >> added << added, shifted, rtol=0, atol=0)
 
     def test_no_other_rates(self):
         for bits in (0, 0.5, 4.5, 5.5, 9, 16, 3.25):
@@ -184,7 +185,7 @@ class Exl3FormatTest(unittest.TestCase):
         matrix = torch.arange(48 * 32).view(48, 32)
         tiles = format.matrix_to_tiles(matrix)
         self.assertEqual(tiles.shape, (3, 2, 256))
-        self.assertTrue(torch.equal(format.tiles_to_matrix(tiles), matrix))
+        torch.testing.assert_close(format.tiles_to_matrix(tiles), matrix, rtol=0, atol=0)
         for t in (0, 1, 2, 7, 8, 100, 255):
             lane, j = t >> 3, t & 7
             row = 2 * (lane % 4) + (j & 1) + 8 * ((j >> 1) & 1)
@@ -221,8 +222,8 @@ class Exl3FormatTest(unittest.TestCase):
 
     def test_hadamard_keeps_dtype_and_gives_the_same_bits_each_time(self):
         x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
-        self.assertTrue(torch.equal(hadamard(x)[3], hadamard(x[3])))
-        self.assertTrue(torch.equal(hadamard(x.T.contiguous().T), hadamard(x)))
+        torch.testing.assert_close(hadamard(x)[3], hadamard(x[3]), rtol=0, atol=0)
+        torch.testing.assert_close(hadamard(x.T.contiguous().T), hadamard(x), rtol=0, atol=0)
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
             self.assertEqual(hadamard(x.to(dtype)).dtype, dtype)
 
@@ -258,7 +259,7 @@ class Exl3OperatorsTest(unittest.TestCase):
         arguments, _ = self.layer(130, 100, bias=True)
         x = torch.randn(2, 130)
         unpadded = (*arguments[:3], arguments[3][:100].clone(), *arguments[4:])
-        self.assertTrue(torch.equal(ops.linear(x, *unpadded), ops.linear(x, *arguments)))
+        torch.testing.assert_close(ops.linear(x, *unpadded), ops.linear(x, *arguments), rtol=0, atol=0)
 
     @parameterized.expand([((),), ((1,),), ((4,),), ((2, 3, 4),), ((0,),), ((2, 0, 3),)])
     def test_leading_dimensions(self, leading):
@@ -278,7 +279,9 @@ class Exl3OperatorsTest(unittest.TestCase):
         self.assertFalse(x.is_contiguous())
         expanded = torch.randn(1, 256).expand(3 * rows, 256)
         for x in (x, x[:, 1], torch.randn(256, 5 * rows).T, expanded):
-            self.assertTrue(torch.equal(ops.linear(x, *arguments), ops.linear(x.clone().contiguous(), *arguments)))
+            torch.testing.assert_close(
+                ops.linear(x, *arguments), ops.linear(x.clone().contiguous(), *arguments), rtol=0, atol=0
+            )
 
     def test_strides_of_sizes_of_one_do_not_matter(self):
         arguments, weight = self.layer(1, 1)
@@ -322,7 +325,7 @@ class Exl3OperatorsTest(unittest.TestCase):
             cut = list(results())
         for result, expected in zip(cut, whole):
             self.assert_close(result, expected, 1e-6)
-        self.assertTrue(torch.equal(cut[2], whole[2]))
+        torch.testing.assert_close(cut[2], whole[2], rtol=0, atol=0)
 
     @parameterized.expand([(1,), (ops.FEW_ROWS + 1,)])
     def test_arguments_that_do_not_fit_are_an_error(self, rows):

@@ -103,10 +103,7 @@ class Exl3PlacementTest(unittest.TestCase):
         folder = self.folder()
         model.save_pretrained(folder)
         saved, expected = read_tensors(folder), read_tensors(self.sources(name)[1])
-        self.assertEqual(saved.keys(), expected.keys())
-        for key, tensor in expected.items():
-            self.assertEqual(saved[key].dtype, tensor.dtype, key)
-            self.assertTrue(torch.equal(saved[key], tensor), key)
+        torch.testing.assert_close(saved, expected, rtol=0, atol=0)
 
     # Upstream puts both of two tied weights on disk, so of `llama_tied` nothing would be left.
     @parameterized.expand([name for name in NAMES if name != "llama_tied"])
@@ -123,7 +120,7 @@ class Exl3PlacementTest(unittest.TestCase):
                 self.assertTrue(
                     any(p.is_meta for m in model.modules() if isinstance(m, Exl3Module) for p in m.parameters())
                 )
-                self.assertTrue(torch.equal(outputs(model, name), expected))
+                torch.testing.assert_close(outputs(model, name), expected, rtol=0, atol=0)
                 self.assert_saves(model, name)
                 del model
                 gc.collect()
@@ -151,7 +148,7 @@ class Exl3PlacementTest(unittest.TestCase):
         parts |= {f"{layer}.input_layernorm": "cpu", f"{layer}.post_attention_layernorm": "disk"}
         for device_map in ("cpu", {"": "cpu"}, torch.device("cpu"), parts):
             for model in self.both_ways("mixtral", device_map=device_map, offload_folder=self.folder()):
-                self.assertTrue(torch.equal(outputs(model, "mixtral"), expected))
+                torch.testing.assert_close(outputs(model, "mixtral"), expected, rtol=0, atol=0)
         self.assertTrue(all(p.is_meta for p in model.model.layers[0].mlp.experts.parameters()))
         self.assert_saves(model, "mixtral")
 
@@ -166,7 +163,7 @@ class Exl3PlacementTest(unittest.TestCase):
         kwargs |= {"offload_folder": self.folder(), "quantization_config": Exl3Config(dequantize=True)}
         plain = self.load("phi3", **kwargs)
         self.assertIn("disk", plain.hf_device_map.values())
-        self.assertTrue(torch.equal(outputs(plain, "phi3"), expected))
+        torch.testing.assert_close(outputs(plain, "phi3"), expected, rtol=0, atol=0)
 
     @parameterized.expand(["cpu_offload", "disk_offload"])
     def test_offload_after_loading(self, how):
@@ -177,7 +174,7 @@ class Exl3PlacementTest(unittest.TestCase):
         arguments = [self.folder()] if how == "disk_offload" else []
         getattr(accelerate, how)(model, *arguments)
         self.assertTrue(all(parameter.is_meta for parameter in model.parameters()))
-        self.assertTrue(torch.equal(outputs(model, "phi3"), expected))
+        torch.testing.assert_close(outputs(model, "phi3"), expected, rtol=0, atol=0)
 
     def test_casts(self):
         """Whole models are not cast with `half` and `float`, as upstream has it; `to` casts what is not quantized."""
@@ -212,7 +209,7 @@ class Exl3PlacementTest(unittest.TestCase):
             for make in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_whole):
                 other = make(model)
                 self.assertFalse({parameter.data_ptr() for parameter in other.parameters()} & addresses)
-                self.assertTrue(torch.equal(outputs(other, name), expected))
+                torch.testing.assert_close(outputs(other, name), expected, rtol=0, atol=0)
                 self.assert_saves(other, name)
 
     def test_the_order_of_a_trellis_in_memory_does_not_matter(self):
@@ -222,11 +219,11 @@ class Exl3PlacementTest(unittest.TestCase):
             transposed(model)
             self.assertTrue(any(not parameter.is_contiguous() for parameter in model.parameters()))
             self.assertEqual(sum(parameter.nbytes for parameter in model.parameters()), size)
-            self.assertTrue(torch.equal(outputs(model, name), expected))
+            torch.testing.assert_close(outputs(model, name), expected, rtol=0, atol=0)
             self.assert_saves(model, name)
             other = self.load(name)
             other.load_state_dict(model.state_dict())
-            self.assertTrue(torch.equal(outputs(other, name), expected))
+            torch.testing.assert_close(outputs(other, name), expected, rtol=0, atol=0)
             self.assertLess(float((outputs(model.dequantize(), name) - expected).norm() / expected.norm()), 1e-5)
 
     def test_a_transposed_trellis_is_offloaded(self):
@@ -236,7 +233,7 @@ class Exl3PlacementTest(unittest.TestCase):
             model = transposed(self.load("phi3"))
             expected = outputs(model, "phi3")
             getattr(accelerate, how)(model, *([self.folder()] if how == "disk_offload" else []))
-            self.assertTrue(torch.equal(outputs(model, "phi3"), expected))
+            torch.testing.assert_close(outputs(model, "phi3"), expected, rtol=0, atol=0)
 
     def test_a_state_is_loaded(self):
         model, other = self.load("mixtral"), self.load("mixtral")
@@ -247,7 +244,7 @@ class Exl3PlacementTest(unittest.TestCase):
         torch.save(model.state_dict(), file)
         file.seek(0)
         other.load_state_dict(torch.load(file))
-        self.assertTrue(torch.equal(outputs(other, "mixtral"), expected))
+        torch.testing.assert_close(outputs(other, "mixtral"), expected, rtol=0, atol=0)
 
     def test_the_footprint_is_that_of_the_quantized_tensors(self):
         model = self.load("llama")

@@ -84,7 +84,7 @@ class Exl3FormatPropertiesTest(unittest.TestCase):
     @examples(40)
     def test_what_is_unpacked_packs_again(self, seed, rows, columns, bits):
         trellis = random_trellis(seed, rows, columns, bits)
-        self.assertTrue(torch.equal(format.pack_states(format.unpack_states(trellis), bits), trellis))
+        torch.testing.assert_close(format.pack_states(format.unpack_states(trellis), bits), trellis, rtol=0, atol=0)
         self.assertEqual(format.bits_of(trellis), bits)
 
     @given(seeds, st.integers(1, 5), st.integers(1, 5))
@@ -92,7 +92,7 @@ class Exl3FormatPropertiesTest(unittest.TestCase):
     def test_the_order_of_tiles_is_that_of_the_tensor_core(self, seed, rows, columns):
         matrix = torch.randn(16 * rows, 16 * columns, generator=torch.Generator().manual_seed(seed))
         tiles = format.matrix_to_tiles(matrix)
-        self.assertTrue(torch.equal(format.tiles_to_matrix(tiles), matrix))
+        torch.testing.assert_close(format.tiles_to_matrix(tiles), matrix, rtol=0, atol=0)
         row, column, place = seed % rows, seed % columns, seed % 256
         lane, register = place // 8, place % 8  # two operands of 16 x 8, four registers of a lane each
         inner_row = lane % 4 * 2 + register % 2 + register // 2 % 2 * 8
@@ -115,7 +115,7 @@ class Exl3FormatPropertiesTest(unittest.TestCase):
         torch.testing.assert_close(y, x @ weight.T, rtol=0, atol=1e-4)
         wide = torch.nn.functional.pad(x, (0, format.padded(in_features) - in_features))
         padded = ops.linear(wide, *arguments, None, rate[1], format.padded(out_features))
-        self.assertTrue(torch.equal(padded[:, :out_features], y))
+        torch.testing.assert_close(padded[:, :out_features], y, rtol=0, atol=0)
 
     @given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 8).filter(lambda bits: bits in format.BITS))
     @examples(30)
@@ -124,7 +124,7 @@ class Exl3FormatPropertiesTest(unittest.TestCase):
         scales = torch.randn(rows, groups, 1, generator=generator).half()
         rings = torch.randint(-(1 << 15), 1 << 15, (rows, groups, 16 * bits), generator=generator).short()
         trellis = torch.cat((scales.view(torch.int16), rings), -1).flatten(1)
-        self.assertTrue(torch.equal(format.embedding_scales(trellis, groups), scales))
+        torch.testing.assert_close(format.embedding_scales(trellis, groups), scales, rtol=0, atol=0)
         self.assertEqual(format.embedding_bits(trellis, torch.ones(groups, 256)), bits)
 
 
@@ -179,7 +179,7 @@ class Exl3LayoutPropertiesTest(unittest.TestCase):
                 save_file(tensors, Path(folder, file))
             index = {"metadata": {}, "weight_map": weight_map}
             Path(folder, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-            self.assertTrue(torch.equal(self.outputs(folder), self.expected))
+            torch.testing.assert_close(self.outputs(folder), self.expected, rtol=0, atol=0)
 
     @given(st.integers(1000, 300_000))
     @examples(6)
@@ -190,7 +190,7 @@ class Exl3LayoutPropertiesTest(unittest.TestCase):
                 saved, max_shard_size=size
             )
             self.assertEqual(read_tensors(saved).keys(), self.checkpoint.tensors.keys())
-            self.assertTrue(torch.equal(self.outputs(saved), self.expected))
+            torch.testing.assert_close(self.outputs(saved), self.expected, rtol=0, atol=0)
             files = sorted(str(path) for path in Path(saved).glob("*.safetensors"))
             read_checkpoint(files)
             self.assertGreater(len(files), 1)

@@ -34,7 +34,7 @@ from transformers import (
     LagunaConfig,
     LlamaForCausalLM,
 )
-from transformers.integrations.exl3 import format, separate_experts
+from transformers.integrations.exl3 import encoder, format, separate_experts
 from transformers.integrations.exl3.embeddings import Exl3Embedding, Exl3TiedHead
 from transformers.integrations.exl3.experts import Exl3Experts
 from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module, Exl3SplitLinear
@@ -129,14 +129,11 @@ class Exl3QuantizingTest(unittest.TestCase):
             quantized.save_pretrained(first)
             loaded, info = auto_class.from_pretrained(first, dtype=torch.float32, output_loading_info=True)
             self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
-            self.assertTrue(torch.equal(outputs(loaded, name), result))
+            torch.testing.assert_close(outputs(loaded, name), result, rtol=0, atol=0)
             loaded.save_pretrained(second, max_shard_size="100kB")
             self.assertGreater(len([file for file in os.listdir(second) if file.endswith(".safetensors")]), 1)
             saved, again = read_tensors(first), read_tensors(second)
-            self.assertEqual(saved.keys(), again.keys())
-            for key, tensor in saved.items():
-                self.assertEqual((tensor.dtype, tensor.shape), (again[key].dtype, again[key].shape))
-                self.assertTrue(torch.equal(tensor, again[key]), key)
+            torch.testing.assert_close(again, saved, rtol=0, atol=0)
             self.check_layout(first, saved)
             self.check_layout(second, again)
             plain = auto_class.from_pretrained(
@@ -223,7 +220,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             names = read_tensors(folder)
             loaded, info = AutoModel.from_pretrained(folder, output_loading_info=True)
             self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
-            self.assertTrue(torch.equal(outputs(loaded, "nomic_bert"), result))
+            torch.testing.assert_close(outputs(loaded, "nomic_bert"), result, rtol=0, atol=0)
         attention = "encoder.layers.0.self_attn"
         self.assertIn(f"{attention}.v_proj.weight", names)
         self.assertIn(f"{attention}.k_proj.trellis", names)
@@ -255,7 +252,9 @@ class Exl3QuantizingTest(unittest.TestCase):
         quantized, model = self.quantize("llama_tied", Exl3Config(bits=6, head_bits=8))
         self.assertEqual((quantized.lm_head.bits, quantized.config.tie_word_embeddings), (8, False))
         self.assertIs(type(quantized.model.embed_tokens), nn.Embedding)
-        self.assertTrue(torch.equal(quantized.model.embed_tokens.weight, model.model.embed_tokens.weight))
+        torch.testing.assert_close(
+            quantized.model.embed_tokens.weight, model.model.embed_tokens.weight, rtol=0, atol=0
+        )
         self.assertLess(error(quantized.lm_head.weight, model.lm_head.weight), 0.01)
         result = outputs(quantized, "llama_tied")
         with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +262,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
                 self.assertFalse(json.load(file)["tie_word_embeddings"])
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            self.assertTrue(torch.equal(outputs(loaded, "llama_tied"), result))
+            torch.testing.assert_close(outputs(loaded, "llama_tied"), result, rtol=0, atol=0)
         plain = loaded.dequantize()
         self.assertFalse(torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight))
         self.assertLess(error(outputs(plain, "llama_tied"), result), 1e-5)
@@ -280,7 +279,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             for part in (config, config["text_config"]):
                 self.assertFalse(part["tie_word_embeddings"])
             loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        self.assertTrue(torch.equal(outputs(loaded, "gemma3"), result))
+        torch.testing.assert_close(outputs(loaded, "gemma3"), result, rtol=0, atol=0)
 
     def test_an_untied_head_by_its_bits(self):
         quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=6))
@@ -315,7 +314,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             if isinstance(layer, Exl3Module):
                 self.assertFalse(layer.pending)
         if name == "llama_tied" and head_bits == 16:
-            self.assertTrue(torch.equal(quantized.lm_head.weight, table))
+            torch.testing.assert_close(quantized.lm_head.weight, table, rtol=0, atol=0)
         with tempfile.TemporaryDirectory() as folder:
             quantized.save_pretrained(folder)
             tensors = read_tensors(folder)
@@ -327,7 +326,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual((trellis.dtype, list(trellis.shape)), (torch.int16, [len(table), 1 + 16 * 8]))
         self.assertEqual((signs.dtype, list(signs.shape)), (torch.float16, [1, 256]))
         self.assertNotIn(f"{path}.weight", tensors)
-        self.assertTrue(torch.equal(outputs(loaded, name), result))
+        torch.testing.assert_close(outputs(loaded, name), result, rtol=0, atol=0)
         plain = loaded.dequantize()
         self.assertLess(error(plain.get_input_embeddings().weight, table), 0.006)
         self.assertLess(error(outputs(plain, name), result), 1e-5)
@@ -351,7 +350,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         with self.assertLogs("transformers", "INFO"):
             quantized, model = self.quantize(name, Exl3Config(bits=8, embedding_bits=6), dtype=torch.bfloat16)
         table = quantized.get_input_embeddings().dequantized("weight")
-        self.assertTrue(torch.equal(quantized.lm_head.weight, table.bfloat16()))
+        torch.testing.assert_close(quantized.lm_head.weight, table.bfloat16(), rtol=0, atol=0)
         self.assertLess(error(table, model.lm_head.weight), 0.02)
         quantized.tie_weights()  # nothing to tie
         with self.assertRaisesRegex(AttributeError, r"embeddings are quantized .* `model.dequantize\(\)` first"):
@@ -363,15 +362,15 @@ class Exl3QuantizingTest(unittest.TestCase):
             self.assertFalse([tensor for tensor in read_tensors(folder) if "lm_head" in tensor])
             loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
             self.assertFalse(info["missing_keys"] or info["unexpected_keys"])
-            self.assertTrue(torch.equal(outputs(loaded, name), result))
-            self.assertTrue(torch.equal(outputs(copy.deepcopy(loaded), name), result))
+            torch.testing.assert_close(outputs(loaded, name), result, rtol=0, atol=0)
+            torch.testing.assert_close(outputs(copy.deepcopy(loaded), name), result, rtol=0, atol=0)
             self.assertEqual(loaded.dtype, torch.bfloat16)
             self.assertEqual(loaded.to(torch.float32).lm_head.weight.dtype, torch.float32)
             self.assertEqual((loaded.dtype, outputs(loaded, name).dtype), (torch.float32, torch.float32))
             loaded.save_pretrained(again)
             expected = read_tensors(folder)
             for key, tensor in read_tensors(again).items():
-                self.assertTrue(torch.equal(tensor.to(expected[key].dtype), expected[key]))
+                torch.testing.assert_close(tensor.to(expected[key].dtype), expected[key], rtol=0, atol=0)
             base = AutoModel.from_pretrained(folder)
             self.assertIsInstance(base.get_input_embeddings(), Exl3Embedding)
             plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(dequantize=True))
@@ -384,8 +383,8 @@ class Exl3QuantizingTest(unittest.TestCase):
                 AutoModelForCausalLM.from_pretrained(folder)
         for other in (plain, quantized.dequantize()):
             self.assertIs(type(other.lm_head), nn.Linear)
-            self.assertTrue(torch.equal(other.lm_head.weight, table.to(other.dtype)))
-            self.assertTrue(torch.equal(other.get_input_embeddings().weight, other.lm_head.weight))
+            torch.testing.assert_close(other.lm_head.weight, table.to(other.dtype), rtol=0, atol=0)
+            torch.testing.assert_close(other.get_input_embeddings().weight, other.lm_head.weight, rtol=0, atol=0)
 
     def test_a_config_may_be_used_again(self):
         config = Exl3Config(bits=1, embedding_bits=1)
@@ -429,7 +428,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             result.save_pretrained(quantized)
             loaded = AutoModelForCausalLM.from_pretrained(quantized)
             self.assertEqual(loaded.config.quantization_config.to_dict()["quantized_by"], "transformers")
-            self.assertTrue(torch.equal(outputs(loaded, "llama"), outputs(result, "llama")))
+            torch.testing.assert_close(outputs(loaded, "llama"), outputs(result, "llama"), rtol=0, atol=0)
             self.assertLess(error(outputs(loaded, "llama"), outputs(model, "llama")), 0.1)
             path = os.path.join(quantized, "config.json")
             with open(path, encoding="utf-8") as file:
@@ -448,7 +447,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         mlp = {f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("up", "down")}
         self.assertEqual(left, {"lm_head", *attention, *mlp})
         weight = quantized.model.layers[0].self_attn.q_proj.weight
-        self.assertTrue(torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight))
+        torch.testing.assert_close(weight, model.model.layers[0].self_attn.q_proj.weight, rtol=0, atol=0)
 
     @parameterized.expand(
         [
@@ -519,7 +518,9 @@ class Exl3QuantizingTest(unittest.TestCase):
         average = sum(bits * weights[name] for name, bits in free.items()) / sum(weights[name] for name in free)
         self.assertTrue(2.15 < average <= 2.25)
         q_proj = "model.layers.1.self_attn.q_proj"
-        self.assertTrue(torch.equal(quantized.get_submodule(q_proj).weight, model.get_submodule(q_proj).weight))
+        torch.testing.assert_close(
+            quantized.get_submodule(q_proj).weight, model.get_submodule(q_proj).weight, rtol=0, atol=0
+        )
         self.assertIs(type(quantized.get_submodule(q_proj)), nn.Linear)
         (table,) = [record.getMessage() for record in logs.records if "Quantizing LlamaForCausalLM" in record.msg]
         self.assertIn("5 bits: model.layers.1.self_attn.k_proj, ", table)
@@ -528,7 +529,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             quantized.save_pretrained(folder)
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.assertTrue(torch.equal(outputs(loaded, "llama"), result))
+        torch.testing.assert_close(outputs(loaded, "llama"), result, rtol=0, atol=0)
         self.assertEqual(loaded.config.quantization_config.overrides, overrides)
 
     @parameterized.expand(
@@ -584,7 +585,23 @@ class Exl3QuantizingTest(unittest.TestCase):
         finally:
             torch.set_num_threads(threads)
         for state in states[1:]:
-            self.assertTrue(all(torch.equal(state[name], tensor) for name, tensor in states[0].items()))
+            torch.testing.assert_close(state, states[0], rtol=0, atol=0)
+
+    def test_signs_come_from_the_name_of_a_layer(self):
+        quantized, _ = self.quantize("llama_tied", Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp"]))
+        layers = {path: module for path, module in quantized.named_modules() if isinstance(module, Exl3Linear)}
+        for path, layer in layers.items():
+            signs = encoder.random_signs(128, encoder.seed_of(path), 0)
+            torch.testing.assert_close(layer.suh.data.sign().float(), signs.float(), rtol=0, atol=0)
+        self.assertEqual(len(layers), 4)
+
+    def test_what_moves_inputs_stays_where_a_module_is_replaced(self):
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        quantized, _ = self.quantize("llama_tied", Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp"]))
+        path, hook = "model.layers.0.self_attn.q_proj", AlignDevicesHook(execution_device="cpu")
+        add_hook_to_module(quantized.get_submodule(path), hook)
+        self.assertIs(quantized.dequantize().get_submodule(path)._hf_hook, hook)
 
     def test_biases_that_float16_cannot_hold_are_an_error(self):
         folder, model, auto_class = self.source("qwen2")
@@ -664,7 +681,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             model.save_pretrained(folder)
             quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(bits=8))
         layers = quantized.model.layers
-        self.assertTrue(torch.equal(layers[0].mlp.up_proj.weight, torch.zeros(37, 72)))
+        torch.testing.assert_close(layers[0].mlp.up_proj.weight, torch.zeros(37, 72), rtol=0, atol=0)
         self.assertLess(error(layers[0].mlp.gate_proj.weight, torch.full((37, 72), 0.5)), 0.1)
         self.assertEqual(float(layers[1].mlp.up_proj.weight[:, 3].abs().max()), 0)
         self.assertEqual(float(layers[1].mlp.down_proj.weight[7].abs().max()), 0)
@@ -692,6 +709,6 @@ class Exl3QuantizingTest(unittest.TestCase):
                 model = auto_class.from_pretrained(
                     folder, quantization_config=Exl3Config(bits=2), device_map=placed, offload_folder=offload
                 )
-                self.assertTrue(torch.equal(outputs(model, "llama"), expected))
+                torch.testing.assert_close(outputs(model, "llama"), expected, rtol=0, atol=0)
                 del model
                 gc.collect()

@@ -13,7 +13,9 @@
 # limitations under the License.
 """Slow tests: a real language model on the CPU, and what can only be seen on an accelerator."""
 
+import contextlib
 import gc
+import io
 import os
 import tempfile
 import unittest
@@ -24,8 +26,8 @@ from parameterized import parameterized
 from safetensors.torch import load_file
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Exl3Config, GgufConfig, Trainer, TrainingArguments
+from transformers.integrations.exl3 import __main__ as command
 from transformers.integrations.exl3 import encoding, format
-from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import (
     backend_empty_cache,
@@ -116,11 +118,13 @@ class Exl3RealModelTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "cannot combine Quantization and loading a model from a GGUF file"):
             AutoModelForCausalLM.from_pretrained(**self.source, quantization_config=Exl3Config(bits=4))
 
-    def test_the_command_unpacks_a_gguf_file(self):
-        file = os.path.join(self.source["pretrained_model_name_or_path"], self.source["gguf_file"])
-        config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp", "q_proj", "o_proj", "v_proj"])
+    def test_the_command_takes_a_gguf_file(self):
+        file, out = os.path.join(self.source["pretrained_model_name_or_path"], self.source["gguf_file"]), io.StringIO()
+        options = "-b 1 --effort fast --skip mlp --skip q_proj --skip o_proj --skip v_proj".split()
         with tempfile.TemporaryDirectory() as folder:
-            self.assertRegex(convert(file, folder, config), r"k_proj +18 +1 +2,949,120 ")
+            with contextlib.redirect_stdout(out):
+                self.assertEqual(command.main(["-i", file, "-o", folder, *options]), 0)
+            self.assertRegex(out.getvalue(), r"k_proj +18 +1 +2,949,120 ")
             model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         self.assertEqual(tokenizer("A trellis is").input_ids, self.tokenizer("A trellis is").input_ids)
         weight = self.model.model.layers[0].mlp.up_proj.weight.bfloat16()
@@ -156,7 +160,7 @@ class Exl3RealModelTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             self.quantized.save_pretrained(folder)
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.assertTrue(torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), expected))
+        torch.testing.assert_close(loaded.generate(ids, max_new_tokens=8, do_sample=False), expected, rtol=0, atol=0)
         self.assertEqual(expected.shape, (1, ids.shape[1] + 8))
 
 
@@ -184,14 +188,14 @@ class Exl3AcceleratorTest(unittest.TestCase):
     def test_decoding_is_exact(self, bits, codebook):
         tensors, _ = random_linear(256, 384, bits=bits, codebook=codebook)
         inner = format.decode(tensors["trellis"].to(torch_device), codebook).cpu()
-        self.assertTrue(torch.equal(inner, format.decode(tensors["trellis"], codebook)))
+        torch.testing.assert_close(inner, format.decode(tensors["trellis"], codebook), rtol=0, atol=0)
 
     def test_quantizing_gives_the_same_bytes(self):
         weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
         for here, there in zip(
             encoding.encode(weight, 2, "mul1", 1), encoding.encode(weight.to(torch_device), 2, "mul1", 1)
         ):
-            self.assertTrue(torch.equal(here, there.cpu()))
+            torch.testing.assert_close(here, there.cpu(), rtol=0, atol=0)
 
     def test_generates_with_a_compiled_static_cache(self):
         model = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=torch.float16, device_map=torch_device)

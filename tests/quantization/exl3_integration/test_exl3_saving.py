@@ -115,6 +115,18 @@ class Exl3SavingTest(unittest.TestCase):
         self.assertTrue(gc.isenabled())
         self.assertEqual(enabled, [False, False])
 
+    def test_a_variant_stands_beside_the_weights_that_are_there(self):
+        model = self.load()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(3)
+        for size in ("1GB", "100kB", "1GB"):
+            model.save_pretrained(self.folder, variant="new", max_shard_size=size)
+            for variant, value in (("new", 3), (None, 1)):
+                again = LlamaForCausalLM.from_pretrained(self.folder, variant=variant)
+                self.assertEqual(float(again.model.norm.weight.detach().mean()), value)
+        files = {"config.json", "generation_config.json", "quantization_config.json"}
+        self.assertEqual({*os.listdir(self.folder)} - files, {"model.safetensors", "model.new.safetensors"})
+
     @parameterized.expand([("copy", copy.deepcopy), ("pickle", lambda model: pickle.loads(pickle.dumps(model)))])
     def test_a_copy_saves_itself(self, _, made):
         other = made(self.load())

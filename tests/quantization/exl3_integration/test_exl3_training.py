@@ -92,9 +92,9 @@ class Exl3TrainingTest(unittest.TestCase):
             )
             other = PeftModel.from_pretrained(self.load(dtype), folder).eval()
         with torch.no_grad():
-            self.assertTrue(torch.equal(other(**self.inputs).logits, model.eval()(**self.inputs).logits))
+            torch.testing.assert_close(other(**self.inputs).logits, model.eval()(**self.inputs).logits, rtol=0, atol=0)
         after = model.unload().state_dict()
-        self.assertTrue(all(torch.equal(after[name], value) for name, value in before.items()))
+        torch.testing.assert_close({name: after[name] for name in before}, before, rtol=0, atol=0)
 
     def train(self, model, steps=6, rate=0.03, autocast=False):
         """Train what can be, and return the losses."""
@@ -130,9 +130,11 @@ class Exl3TrainingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             peft_model.save_pretrained(folder)
             other = PeftModel.from_pretrained(self.load(), folder).eval()
-            self.assertTrue(torch.equal(other(**self.inputs).logits, peft_model.eval()(**self.inputs).logits))
+            torch.testing.assert_close(
+                other(**self.inputs).logits, peft_model.eval()(**self.inputs).logits, rtol=0, atol=0
+            )
         after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
-        self.assertTrue(all(torch.equal(after[name], value) for name, value in before.items()))
+        torch.testing.assert_close({name: after[name] for name in before}, before, rtol=0, atol=0)
 
     @parameterized.expand(["pissa", "olora"])
     @require_peft
@@ -214,7 +216,7 @@ class Exl3TrainingTest(unittest.TestCase):
             AutoModelForCausalLM.from_pretrained(folder)
         for name, value in scales.items():
             self.assertEqual(saved[name].dtype, torch.float16)
-            self.assertTrue(torch.equal(saved[name], value))
+            torch.testing.assert_close(saved[name], value, rtol=0, atol=0)
 
     @require_peft
     def test_the_trainer(self):
@@ -247,7 +249,7 @@ class Exl3TrainingTest(unittest.TestCase):
             self.assertNotIn("model.safetensors", os.listdir(folder))
             other = PeftModel.from_pretrained(self.load(), folder).eval()
         with torch.no_grad():
-            self.assertTrue(torch.equal(other(**self.inputs).logits, model.eval()(**self.inputs).logits))
+            torch.testing.assert_close(other(**self.inputs).logits, model.eval()(**self.inputs).logits, rtol=0, atol=0)
 
     @require_peft
     def test_quantized_layers_are_not_among_modules_to_save(self):
@@ -270,9 +272,9 @@ class Exl3TrainingTest(unittest.TestCase):
             self.assertFalse({"model.safetensors", "quantization_config.json"} & set(os.listdir(folder)))
             other = self.load()
             other.load_adapter(folder)
-            self.assertTrue(torch.equal(other(**self.inputs).logits, model(**self.inputs).logits))
+            torch.testing.assert_close(other(**self.inputs).logits, model(**self.inputs).logits, rtol=0, atol=0)
             other.disable_adapters()
-            self.assertTrue(torch.equal(other(**self.inputs).logits, self.load()(**self.inputs).logits))
+            torch.testing.assert_close(other(**self.inputs).logits, self.load()(**self.inputs).logits, rtol=0, atol=0)
 
     @require_peft
     def test_adapters_merge_into_the_dequantized_model_and_never_into_a_quantized_weight(self):
@@ -388,5 +390,5 @@ class Exl3TrainingTest(unittest.TestCase):
         expected = model.generate(**self.inputs, **kwargs)
         self.assertEqual(expected.shape, (3, 12))
         static = model.generate(**self.inputs, **kwargs, cache_implementation="static", disable_compile=True)
-        self.assertTrue(torch.equal(static, expected))
-        self.assertTrue(torch.equal(model.generate(**self.inputs, **kwargs, use_cache=False), expected))
+        torch.testing.assert_close(static, expected, rtol=0, atol=0)
+        torch.testing.assert_close(model.generate(**self.inputs, **kwargs, use_cache=False), expected, rtol=0, atol=0)

@@ -141,9 +141,9 @@ class Exl3TritonGpuTest(unittest.TestCase):
         trellis = random_trellis(64, 40, bits).to(torch_device)
         for dtype in gpu.DTYPES:
             expected = format.decode(trellis, codebook).to(dtype)
-            self.assertTrue(torch.equal(gpu.decode(trellis, codebook, dtype), expected))
+            torch.testing.assert_close(gpu.decode(trellis, codebook, dtype), expected, rtol=0, atol=0)
             stored = trellis.transpose(0, 1).contiguous().transpose(0, 1)
-            self.assertTrue(torch.equal(gpu.decode(stored[:, 8:], codebook, dtype), expected[:, 128:]))
+            torch.testing.assert_close(gpu.decode(stored[:, 8:], codebook, dtype), expected[:, 128:], rtol=0, atol=0)
 
     @parameterized.expand(all_codes())
     def test_product(self, bits, codebook):
@@ -177,7 +177,8 @@ class Exl3TritonGpuTest(unittest.TestCase):
         for rows in (1, 16, 100):
             x = layer.inputs(rows, torch.float16)
             results = [layer.linear(x) for _ in range(64)]
-            self.assertTrue(all(torch.equal(result, results[0]) for result in results))
+            for result in results[1:]:
+                torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
     def test_capture_in_a_graph(self):
@@ -192,7 +193,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
             for _ in range(3):
                 static.copy_(x)
                 graph.replay()
-                self.assertTrue(torch.equal(y, expected))
+                torch.testing.assert_close(y, expected, rtol=0, atol=0)
                 static.zero_()
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA graphs")
@@ -251,7 +252,8 @@ class Exl3TritonGpuTest(unittest.TestCase):
         for effort in search.EFFORTS:
             expected = self._search_on_cpu(tiles[:40] if effort == "exact" else tiles, bits, codebook, effort)
             found = gpu.search(tiles[: len(expected)].to(torch_device), bits, codebook, effort)
-            self.assertTrue(torch.equal(found.cpu(), expected), effort)
+            with self.subTest(effort=effort):
+                torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
 
     @parameterized.expand([(bits, cost) for bits in (1, 2.5, 4, 8) for cost in ("integer", "fp32")])
     def test_search_on_less_scratch(self, bits, cost):
@@ -266,7 +268,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
                 triton_search.choose_search.cache_clear()
                 self.addCleanup(triton_search.choose_search.cache_clear)
                 found = triton_search.kernel(*case, target_of(case[0].device))
-            self.assertTrue(torch.equal(found, expected))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     def test_quantized_weights_have_the_bytes_of_the_cpu(self):
         """What surrounds the search, too: elementwise operations in a fixed order, each of them rounded as IEEE 754 says."""
@@ -275,7 +277,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
         with mock.patch.object(encoder, "search_reference", side_effect=AssertionError("the reference was used")):
             found = encoding.encode(weight.to(torch_device), 3, "mul1", 7)
         for ours, theirs in zip(found, expected):
-            self.assertTrue(torch.equal(ours.cpu(), theirs))
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs the allocator's statistics")
     def test_memory_of_quantizing(self):
@@ -308,7 +310,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
                 with self.module.stream(stream):
                     found.append(layer.linear(x))
             self.module.synchronize()
-            self.assertTrue(all(torch.equal(a, b) for a, b in zip(found, expected)))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     def test_several_devices(self):
         if self.module.device_count() < 2:
@@ -318,10 +320,10 @@ class Exl3TritonGpuTest(unittest.TestCase):
         for index in (1, 0):  # the current device is 0
             layer = Layer(4096, 1024, 4, device=f"{kind}:{index}")
             results.append(layer.linear(layer.inputs(1)).cpu())
-        self.assertTrue(torch.equal(*results))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
         tiles = torch.randn(8, format.TILE_SIZE)
         found = [gpu.search(tiles.to(f"{kind}:{index}"), 4, "mul1").cpu() for index in (1, 0)]
-        self.assertTrue(torch.equal(*found))
+        torch.testing.assert_close(*found, rtol=0, atol=0)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs the allocator's statistics")
     def test_memory(self):
@@ -341,7 +343,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
         trellis = random_trellis(2048, 8, 8).to(torch_device).repeat(1, 2048, 1)
         trellis[-8:, -8:] = random_trellis(8, 8, 8, seed=1).to(torch_device)
         expected = format.decode(trellis[-8:, -8:].contiguous(), "mul1")
-        self.assertTrue(torch.equal(gpu.decode(trellis, "mul1", torch.float16)[-128:, -128:], expected))
+        torch.testing.assert_close(gpu.decode(trellis, "mul1", torch.float16)[-128:, -128:], expected, rtol=0, atol=0)
         suh, svh = (torch.ones(n * 16, device=torch_device) for n in trellis.shape[:2])
         x = torch.zeros(1, suh.shape[0], device=torch_device)
         x[:, -128:] = 1
