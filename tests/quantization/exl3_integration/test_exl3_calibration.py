@@ -481,6 +481,14 @@ class Exl3TextTest(unittest.TestCase):
             windows = text.windows_of(model, Exl3Config(dataset=dataset, calibration_rows=2, calibration_length=6))
             self.assertEqual(windows.shape, (2, 4))
 
+    def test_text_goes_on_to_the_end_of_a_window(self):
+        """Whatever ends a text: chat models have more tokens for that in their generation config than in their config."""
+        model = copy.copy(tiny_model("llama")[0])
+        model.generation_config = copy.copy(model.generation_config)
+        model.generation_config.eos_token_id = list(range(2, 60))
+        windows = text.windows_of(model, Exl3Config(dataset="self", calibration_rows=4, calibration_length=6))
+        self.assertEqual((windows.shape, bool((windows[:, 1:] >= 60).all())), ((4, 6), True))
+
     def test_the_model_writes_out_of_all_of_its_vocabulary(self):
         windows = self.windows("self", calibration_rows=1500, calibration_length=2)
         self.assertGreater(len(windows[:, 1].unique()), 90)

@@ -89,6 +89,16 @@ BESIDE = {
     "1_Dense/config.json",
     "1_Dense/model.safetensors",
 }
+MEASURED = """---
+model-index:
+- name: small
+  results:
+  - task: {type: text-generation}
+    dataset: {name: text, type: text}
+    metrics: [{type: perplexity, value: 5}]
+---
+# Text
+"""
 SAVED = {"config.json", "generation_config.json", "model.safetensors", "quantization_config.json"}
 
 
@@ -397,6 +407,7 @@ class Exl3ConvertTest(unittest.TestCase):
             ("without_metadata", "# Text"),
             ("malformed", "---\nlicense: [\n---\n# Text"),
             ("that_of_a_derived_model", "---\nbase_model: another/model\n---\n# Text"),
+            ("that_of_a_measured_model", MEASURED),
         ]
     )
     def test_a_model_card_is_made_of(self, _, text):

@@ -17,7 +17,8 @@ running what was saved, against the bytes of the checkpoint (Linux).
 
     python tests/quantization/exl3_integration/benches/bench_memory.py [--hidden 1024] [--layers 8] [--convert]
 
-With `--convert`, the peak memory of the command that converts such a model, against its largest tensor.
+With `--convert`, the peak memory of the command that converts such a model, against its largest tensor. Of layers of one size it
+encodes the first, and has zeros for the others, so that a billion weights take minutes: they are files all the same.
 
 The model is a Llama in bfloat16 with random weights, saved in shards. Anonymous memory is sampled every two milliseconds: the
 pages of the mapped source files are not the process's own. The search is a stand-in, since memory does not depend on it. glibc is
@@ -43,6 +44,7 @@ if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
 import torch
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, logging
+from transformers.integrations.exl3 import encoding
 from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.kernels import cpu
 
@@ -104,12 +106,29 @@ def load(hidden: int, layers: int, folder: str):
     return model, peak - before + mapped(model)
 
 
+def of_first_sizes(encode):
+    """`encode_with_progress` that encodes the first weight of each size, and returns zeros of the same shapes for others."""
+    seen = set()
+
+    def encode_or_not(weight, bits, codebook, seed, *others):
+        if (weight.shape, bits) not in seen:
+            seen.add((weight.shape, bits))
+            return encode(weight, bits, codebook, seed, *others)
+        return [
+            torch.zeros_like(tensor, device="cpu")
+            for tensor in encoding.encode(weight.to("meta"), bits, codebook, seed)
+        ]
+
+    return encode_or_not
+
+
 def convert_model(hidden: int, layers: int, folder: str):
     """Convert a float model by the command."""
     source, output = os.path.join(folder, "float"), os.path.join(folder, "converted")
     in_a_process(save_float_model, hidden, layers, source)
     before = anonymous()
-    _, peak = peak_while(lambda: convert(source, output, Exl3Config(bits=4, head_bits=6)))
+    with mock.patch.object(encoding, "encode_with_progress", of_first_sizes(encoding.encode_with_progress)):
+        _, peak = peak_while(lambda: convert(source, output, Exl3Config(bits=4, head_bits=6)))
     made, written = checkpoint_bytes(source), checkpoint_bytes(output)
     largest = 2 * 16 * hidden * hidden
     print(
