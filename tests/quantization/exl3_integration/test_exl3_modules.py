@@ -23,7 +23,7 @@ from parameterized import parameterized
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3 import experts, format, ops
 from transformers.integrations.exl3.embeddings import Exl3Embedding
 from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels import cpu
@@ -163,7 +163,7 @@ class Exl3ModulesTest(unittest.TestCase):
         width = own.down_proj.numel() // (own.num_experts * hidden)
         roles = ("gate", "up", "down") if hasattr(own, "gate_up_proj") else ("up", "down")
         shapes = {role: (width, hidden) if role == "down" else (hidden, width) for role in roles}
-        experts = [
+        layers = [
             {
                 role: make(
                     *shapes[role],
@@ -175,7 +175,7 @@ class Exl3ModulesTest(unittest.TestCase):
             }
             for e in range(own.num_experts)
         ]
-        return own, stacked(experts, own)
+        return own, stacked(layers, own)
 
     @parameterized.expand(["mixtral", "gpt_oss", "nemotron_h"])
     def test_experts(self, name):
@@ -225,6 +225,18 @@ class Exl3ModulesTest(unittest.TestCase):
         copied = copy.deepcopy(module)
         torch.testing.assert_close(copied(x, index[:, :1], weights[:, :1]), changed, rtol=0, atol=0)
 
+    @parameterized.expand(["float32", "bfloat16"])
+    def test_outputs_of_many_tokens_are_added_up_in_one_order(self, dtype):
+        """Whether the result is all that is asked for, or gradients, too."""
+        own, module = self.experts("mixtral")
+        x, weights = torch.randn(37, 128, dtype=getattr(torch, dtype)), torch.rand(37, 3)
+        index = torch.stack([torch.randperm(own.num_experts + 1)[:3] for _ in range(37)])
+        with patch.object(experts, "_mixed", wraps=experts._mixed) as mixed:
+            alone = module(x, index, weights)
+            differentiated = module(x, index, weights.requires_grad_())
+        self.assertEqual(mixed.call_count, 1)
+        torch.testing.assert_close(differentiated.detach(), alone, rtol=0, atol=0)
+
     def test_hooks_gradients_and_adapters_see_the_experts_of_one_token(self):
         own, module = self.experts("mixtral")
         x, index, weights = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.rand(1, 2)
@@ -264,8 +276,8 @@ class Exl3ModulesTest(unittest.TestCase):
     def test_the_number_of_modules_and_tensors_is_that_of_kinds_and_not_of_experts(self):
         layer, other = (random_linear(128, 128, bits=bits)[0] for bits in (2, 3))
         for count in (4, 64):
-            for experts, kinds in (([layer] * count, 1), ([layer] * (count - 1) + [other], 2)):
-                module = Exl3Experts({role: Exl3Projection(128, 128, experts) for role in ("up", "down")}, nn.Module())
+            for layers, kinds in (([layer] * count, 1), ([layer] * (count - 1) + [other], 2)):
+                module = Exl3Experts({role: Exl3Projection(128, 128, layers) for role in ("up", "down")}, nn.Module())
                 self.assertEqual(len(list(module.modules())), 1 + 2 * (1 + kinds))
                 self.assertEqual(len(list(module.parameters())), 2 * 3 * kinds)
 

@@ -291,7 +291,10 @@ class Exl3Experts(Exl3Module):
         """
         output = self._of_one_token(hidden_states, top_k_index)
         if output is None:
-            output = self._of_tokens(hidden_states, top_k_index)
+            output, places = self._of_tokens(hidden_states, top_k_index)
+            if ops.is_direct(output, top_k_weights):
+                return _mixed(output, places.view(top_k_index.shape), top_k_weights).to(hidden_states.dtype)
+            output = output.index_select(0, places)
         weighted = output.float() * top_k_weights.reshape(-1, 1).float()
         return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
@@ -328,19 +331,19 @@ class Exl3Experts(Exl3Module):
         found = {stack: iter(projection._modules[stack].weights(some)) for stack, some in entries.items()}
         return [next(found[stack]) for stack, _ in places]
 
-    def _of_tokens(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
-        """The outputs `[tokens k, hidden]` of the experts of tokens, in the order of `top_k_index`."""
+    def _of_tokens(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs `[tokens k, hidden]` of the experts of tokens, and for each number in `top_k_index` which of these is its."""
         # Nothing is asked of the data: a graph stays whole, a GPU is not waited for.
         routed, order = top_k_index.flatten().sort(stable=True)
         bounds = torch.searchsorted(routed, torch.arange(self.num_experts + 1, device=routed.device))
-        x = hidden_states[order // top_k_index.shape[-1]]
+        x = hidden_states.index_select(0, order // top_k_index.shape[-1])
         if self._has_adapters():
             output = self._one_by_one(x, bounds)
         else:
             ranges = bounds.unfold(0, 2, 1)
             output = self._expert(lambda role, rows: getattr(self, f"stacked_{role}")(rows, ranges), x)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return output.index_select(0, places)
+        return output, places
 
     def _has_adapters(self) -> bool:
         """Whether something has been put in the place of separated layers, or hooks on them."""
@@ -398,6 +401,17 @@ class Exl3Experts(Exl3Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
+
+
+def _mixed(output: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    The sums `[tokens, hidden]` in fp32 of rows `places` `[tokens, k]` of `output` times `weights` `[tokens, k]`: in the order in
+    which `sum` adds them. One row of each token at a time stays in the cache, where all at once take longer than a product does.
+    """
+    mixed = output.new_zeros(places.shape[0], output.shape[1], dtype=torch.float32)
+    for place, weight in zip(places.unbind(1), weights.float().unbind(1)):
+        mixed += output.index_select(0, place).float() * weight[:, None]
+    return mixed
 
 
 def separate_experts(model: nn.Module):
