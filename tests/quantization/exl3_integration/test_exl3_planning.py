@@ -52,6 +52,9 @@ QWEN_VL = {
     | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
 
+LARA = {"layer_types": ["linear_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LARA |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "shared_expert_intermediate_size": 32}
+
 MOLMO = {
     "text_config": {**ONE_LAYER, "additional_vocab_size": 2},
     "vision_config": {
@@ -129,6 +132,8 @@ class Exl3ConversionsThatReadTheModelTest(unittest.TestCase):
         [
             # Rows of query, key and value in one tensor, and as many of each as the model has.
             ("sarvam_moe", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, "head_dim": 32}, ["mlp"], 4),
+            # The same with two that stay plain.
+            ("lara_mini", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, **LARA, "head_dim": 32}, ["mlp"], 3),
             # Experts in either orientation.
             ("qwen3_vl_moe", AutoModelForImageTextToText, QWEN_VL, ["visual", "self_attn"], 1),
             # Rows of different numbers in one tensor.
