@@ -210,8 +210,8 @@ class Exl3HfQuantizer(HfQuantizer):
         if self.placement.decoded:
             classes = {type(model.get_submodule(path)).__name__ for path in self.placement.decoded}
             logger.info(
-                f"{len(self.placement.decoded)} quantized layers are of classes with a product of their own ({', '.join(classes)}): "
-                "their weights are dequantized."
+                f"{len(self.placement.decoded)} quantized layers are of classes with a product of their own, or have rows in another order "
+                f"in files ({', '.join(classes)}): their weights are dequantized."
             )
         untie(model, self.placement.modules)
         return self.placement.modules

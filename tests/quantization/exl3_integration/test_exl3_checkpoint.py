@@ -34,7 +34,7 @@ if is_torch_available():
     import torch
     from safetensors.torch import save_file
 
-    from transformers.core_model_loading import PermuteForRope, WeightConverter
+    from transformers.core_model_loading import Transpose, WeightConverter
     from transformers.integrations.exl3.architecture import check_architecture
     from transformers.integrations.exl3.checkpoint import (
         Exl3CheckpointError,
@@ -323,10 +323,10 @@ class Exl3BadCheckpointTest(Exl3CheckpointTestCase):
         edit(self.tensors)
         self.assert_error(AGAIN, error=Exl3CheckpointError, quantization_config=Exl3Config(dequantize=True))
 
-    def test_layers_whose_rows_upstream_permutes(self):
-        mapping = [WeightConverter("self_attn.q_proj.", "self_attn.q_proj.", [PermuteForRope()])]
+    def test_layers_whose_weights_upstream_changes(self):
+        mapping = [WeightConverter("self_attn.q_proj.", "self_attn.q_proj.", [Transpose()])]
         with patch("transformers.integrations.exl3.placement.get_model_conversion_mapping", lambda model: mapping):
-            message = f"{Q} is quantized, and its weight would become that of {Q} through PermuteForRope"
+            message = f"{Q} is quantized, and its weight would become that of {Q} through Transpose"
             self.assert_error(message, error=Exl3CheckpointError)
 
     def test_all_that_is_wrong_is_told_at_once(self):

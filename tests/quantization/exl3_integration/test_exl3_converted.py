@@ -394,15 +394,24 @@ class Exl3ConvertedTest(unittest.TestCase):
             read_tensors(path)[name], read_tensors(os.path.join(self.folder, "dense"))[name], rtol=0, atol=0
         )
 
-    def test_codes_whose_rows_would_have_to_be_permuted_are_an_error(self):
+    def test_codes_of_rows_that_upstream_permutes_are_decoded_and_permuted(self):
+        """The tower of Step-3.7: rows of query and key stand in files in another order than in the model."""
         checkpoint = SyntheticCheckpoint(random_model(step_config(), AutoModelForImageTextToText))
+        checkpoint.quantize_all("self_attn.o_proj")
         (name,) = [name for name in checkpoint.tensors if name.endswith("in_proj_weight")]
-        parent = name.rpartition(".")[0]
-        for part in ("q_proj", "k_proj", "v_proj"):
-            tensors, _ = random_linear(128, 128, bias=torch.ones(128))
+        parent, made = name.rpartition(".")[0], {"weight": [], "bias": []}
+        for seed, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            bias = torch.randn(128, generator=torch.Generator().manual_seed(seed)).half()
+            tensors, weight = random_linear(128, 128, bias=bias, seed=seed)
             checkpoint.tensors |= {f"{parent}.{part}.{leaf}": tensor for leaf, tensor in tensors.items()}
-        checkpoint.save(self.folder, checkpoint.tensors)
-        with self.assertRaisesRegex(
-            ValueError, "attn.q_proj is quantized.* through PermuteForRope, which codes cannot"
-        ):
-            AutoModelForImageTextToText.from_pretrained(self.folder)
+            made["weight"].append(weight)
+            made["bias"].append(bias.float())
+        for leaf, parts in made.items():
+            del checkpoint.tensors[f"{parent}.in_proj_{leaf}"]
+            checkpoint.dense[f"{parent}.in_proj_{leaf}"] = torch.cat(parts)
+        model = self.assert_loads(checkpoint, auto=AutoModelForImageTextToText)
+        again = read_tensors(os.path.join(self.folder, "again"))
+        torch.testing.assert_close(again[f"{parent}.in_proj_weight"], torch.cat(made["weight"]), rtol=1e-5, atol=1e-6)
+        found = model.model.vision_model.layers[0].self_attn.k_proj.weight
+        self.assertNotEqual(float(found[1, 0]), float(made["weight"][1][1, 0]))  # it has another place
+        self.assertIn(float(made["bias"][1][1]), model.model.vision_model.layers[0].self_attn.k_proj.bias.tolist())

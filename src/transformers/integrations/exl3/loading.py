@@ -319,6 +319,8 @@ class Exl3Dequantize(Exl3Make):
         plain = module.dequantize(self.hf_quantizer.float_dtype, layers)
         del placement.modules[path]  # with the quantized tensors
         made = {f"{path}.{name}": value.detach() for name, value in plain.named_parameters(recurse=False)}
+        if path in placement.row_order:
+            made = {name: value[placement.row_order[path].to(value.device)] for name, value in made.items()}
         if placement.tied_head is not None and isinstance(module, Exl3Embedding):
             made[f"{placement.tied_head}.weight"] = made[parameter].clone()
         return made

@@ -17,12 +17,14 @@
 import copy
 from collections.abc import Container, Iterable
 
+import torch
 from torch import Tensor
 
 from ...core_model_loading import (
     Chunk,
     Concatenate,
     MergeModulelist,
+    PermuteForRope,
     Split,
     SplitModulelist,
     WeightConverter,
@@ -42,6 +44,38 @@ def changing_operations(path: str, converters: list[WeightConverter]) -> list[st
     """The names of upstream's operations that make the float weight of the layer at `path` another than files have."""
     used = [entry for entry in converters if apply_converters(f"{path}.weight", [entry.reverse_transform()])[1]]
     return [type(op).__name__ for entry in used for op in entry.operations if type(op) not in RESHAPING]
+
+
+def row_order(path: str, rows: int, converters: list[WeightConverter], config) -> Tensor | None:
+    """
+    The order in which upstream puts the rows that files have for a layer.
+
+    Args:
+        path (`str`): Of the layer in the model.
+        rows (`int`): How many it has.
+        converters (`list[WeightConverter]`): Upstream's.
+        config (`PreTrainedConfig`): Of the model.
+
+    Returns:
+        `torch.Tensor` or `None`: By row in the model, int64 `[rows]`, the row in files, counted from the layer's first. None where
+        something else is done to them.
+    """
+    for entry in converters:
+        if not apply_converters(f"{path}.weight", [entry.reverse_transform()])[1]:
+            continue
+        if len(entry.source_patterns) > 1 or any(type(op) not in (Chunk, PermuteForRope) for op in entry.operations):
+            return None
+        patterns = {"source_patterns": entry.source_patterns, "target_patterns": entry.target_patterns}
+        numbers = torch.arange(rows * len(entry.target_patterns), device="cpu")[
+            :, None
+        ]  # and not where the model is made
+        found = {entry.source_patterns[0]: numbers}
+        for operation in entry.operations:
+            found = operation.convert(found, **patterns, config=config)
+        order = next(numbers[:, 0] for target, numbers in found.items() if target in f"{path}.weight")
+        order = order - order.min()
+        return order if order.sort()[0].tolist() == [*range(rows)] else None
+    return None
 
 
 class Exl3FileNames(WeightRenaming):

@@ -49,7 +49,7 @@ from .checkpoint import Checkpoint, Exl3CheckpointError, cut_columns
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts
 from .modules import Exl3Linear, Exl3Module
-from .naming import changing_operations
+from .naming import changing_operations, row_order
 from .restoring import ROUTER_CORRECTIONS
 
 
@@ -87,7 +87,9 @@ class Placement:
         spelled (`dict[str, str]`): Tensor name in the checkpoint to the one that the source has, for `x.weight` of `x_weight`.
         transposed (`set[str]`): Those parameters of `padded` that are stored transposed.
         decoded (`set[str]`): Those of `modules` that are to be dequantized while loading, since only the model's own module knows
-            how to multiply.
+            how to multiply, or since its rows are in another order.
+        row_order (`dict[str, torch.Tensor]`): By path in the model, the rows in files that those of the layer are, for those of `decoded`
+            that have another order.
         cut (`dict[str, dict[str, range]]`): Module name in the checkpoint to the columns that are each of the model's modules.
 
     Raises:
@@ -105,6 +107,7 @@ class Placement:
         self.spelled: dict[str, str] = {}
         self.transposed: set[str] = set()
         self.decoded: set[str] = set()
+        self.row_order: dict[str, torch.Tensor] = {}
         self.cut: dict[str, dict[str, range]] = {}
         self._problems: list[str] = []
         transforms = get_model_conversion_mapping(model)
@@ -167,14 +170,19 @@ class Placement:
             return
         path = self._target(name)[0]
         if isinstance(self._paths.get(path), LINEAR_CLASSES):
-            operations = self._operations(name, path)
-            if operations:
+            operations, order, plain = self._operations(name, path), None, self._paths[path]
+            if operations and isinstance(plain, nn.Linear):
+                order = row_order(path, plain.out_features, self._converters, self.model.config)
+            if order is not None:
+                self.row_order[path] = order
+                self.decoded.add(path)
+            elif operations:
                 self._problems.append(
                     f"{name} is quantized, and its weight would become that of {path} through {', '.join(operations)}, which "
                     "codes cannot be put through"
                 )
                 return
-            self._add(path, [name], self._build.linear(name, *linear_sizes(self._paths[path]), self._paths[path]), "")
+            self._add(path, [name], self._build.linear(name, *linear_sizes(plain), plain), "")
             return
         sliced = re.fullmatch(rf"(.+)\.slice\.{NUMBER}", name)
         if sliced:

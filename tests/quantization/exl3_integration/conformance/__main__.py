@@ -204,7 +204,7 @@ class Case:
             for names, pattern in ((extra, self.row.lost), (lost, TWICE))
         )
         changed = {name for name in old.keys() & new.keys() if not _same(old[name], new[name])}
-        listed = {name for name in extra | lost if self.row.differs and re.search(self.row.differs, name)}
+        listed = {name for name in extra | lost | changed if self.row.differs and re.search(self.row.differs, name)}
         wrong = in_short((extra | lost | changed) - listed)
         self.note("saved again", f"other names or values: {wrong[:8]}" if wrong else "", listed and self.row.why)
         again = self.load("resaved")

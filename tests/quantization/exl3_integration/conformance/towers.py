@@ -260,9 +260,8 @@ ROWS = [
         STEP,
         lambda config: config.update(STEP),
         processor=images("Step3p7ImageProcessor"),
-        refused="through PermuteForRope, which codes cannot be put through",
-        differs=r"resblocks\.\d+\.attn\.[qkv]_proj$",
-        why="rows of query and key of the tower stand in files in another order, which codes cannot be put into",
+        differs=r"resblocks\.\d+\.attn\.([qkv]_proj(\.|$)|in_proj)",
+        why="query, key and value of the tower are decoded: rows stand in files in another order, which codes cannot be put into",
     ),
     Row(
         "NemotronH_Omni_Reasoning_V3",
