@@ -508,6 +508,26 @@ class Exl3TextTest(unittest.TestCase):
         self.assertNotEqual(other.tolist(), first.tolist())
         self.assertTrue((first[:, 0] == 1).all() and (first[:, 1:] > 2).all())  # no end, no padding
 
+    def test_what_the_model_writes_does_not_depend_on_its_generation_config(self):
+        config = Exl3Config(dataset="self", calibration_rows=4, calibration_length=6)
+        model, _ = tiny_model("llama")
+        expected = text.windows_of(model, config)
+        settings = {
+            "min_p": 0.9,
+            "no_repeat_ngram_size": 1,
+            "num_return_sequences": 2,
+            "return_dict_in_generate": True,
+        }
+        model.generation_config.update(**settings, num_beams=2, max_time=1e-9)
+        defaults = model.generation_config
+        torch.testing.assert_close(text.windows_of(model, config), expected, rtol=0, atol=0)
+        self.assertIs(model.generation_config, defaults)
+        ending = int(expected[0, 1])
+        defaults.eos_token_id = [2, ending]  # which files often have there alone
+        windows = text.windows_of(model, config)
+        self.assertEqual(windows.shape, (4, 6))
+        self.assertFalse((windows == ending).any())
+
     def test_the_model_writes_no_places_of_images(self):
         windows = self.windows("self", "gemma3", calibration_rows=64, calibration_length=16)
         self.assertFalse(set(windows.flatten().tolist()) & {95, 96, 97})

@@ -129,7 +129,7 @@ def _written(model: nn.Module, rows: int, length: int, seed: int) -> torch.Tenso
     # What is no text: the end, padding, and the places of images and sounds.
     special = {
         token
-        for part in (model.config.to_dict(), config.to_dict())
+        for part in (model.config.to_dict(), config.to_dict(), defaults.to_dict())
         for name, value in part.items()
         if name.endswith(("token_id", "token_index"))
         for token in (value if isinstance(value, list) else [value])
@@ -151,6 +151,10 @@ def _written(model: nn.Module, rows: int, length: int, seed: int) -> torch.Tenso
         torch.manual_seed(seed)
         first = torch.full((rows, 1), start, device=device)
         bar = _Bar(rows, length)
-        return model.generate(
-            first, attention_mask=torch.ones_like(first), generation_config=sampling, streamer=bar
-        ).cpu()
+        model.generation_config = GenerationConfig()  # `generate` takes from it what `sampling` leaves unset
+        try:
+            return model.generate(
+                first, attention_mask=torch.ones_like(first), generation_config=sampling, streamer=bar
+            ).cpu()
+        finally:
+            model.generation_config = defaults
