@@ -30,6 +30,7 @@ from filelock import FileLock
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from parameterized import parameterized
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from transformers import Exl3Config, LlamaConfig, LlamaForCausalLM, logging
@@ -278,6 +279,25 @@ class Exl3ConvertTest(unittest.TestCase):
                 RuntimeError, "Another process", convert, self.source, self.output, small_config(), True
             )
         self.assertEqual(digests(self.output), before)
+
+    def test_a_size_of_files_that_is_none_is_an_error_at_once(self):
+        small_model(self.source)
+        with counted() as done, self.assertRaisesRegex(ValueError, "'5XB' is no size of a file: Unit 'XB'"):
+            convert(self.source, self.output, small_config(), max_shard_size="5XB")
+        self.assertEqual(done, [])
+        self.assertFalse(os.path.exists(self.output))
+
+    def test_another_process_may_remove_what_is_left_of_a_conversion(self):
+        def replace_and_remove(source, target):
+            replace(source, target)
+            shutil.rmtree(target)
+
+        replace, output = os.replace, Path(self.output)
+        with conversion.Conversion(output, {}).running(resume=False):
+            patcher = patch.object(conversion.os, "replace", replace_and_remove)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+        self.assertEqual([*output.iterdir()], [])
 
     def test_a_device_is_not_for_quantizing_with_data(self):
         small_model(self.source)
@@ -536,6 +556,7 @@ class Exl3ConvertTest(unittest.TestCase):
         [
             ("bits", "-b 9", "`bits` of Exl3Config has to be from 1 to 8, got 9"),
             ("no_number", "-b four", "invalid number value: 'four'"),
+            ("infinite", "-b inf", "`bits` of Exl3Config has to be from 1 to 8, got inf"),
             ("head", "-hb 3.3", "`head_bits` of Exl3Config has to be one of"),
             ("override", "--override 4", "'4' is not like '\\*.down_proj=4'"),
             ("effort", "--effort most", "`effort` of Exl3Config has to be `default` or `fast`, got 'most'"),
@@ -549,7 +570,17 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertEqual(code, 2)
         self.assertRegex(errors, message)
 
+    def test_data_that_is_no_text_is_named(self):
+        file = Path(self.folder, "text.gz")
+        file.write_bytes(b"\x1f\x8b")
+        code, _, errors = self.run_command("-i", "in", "-o", "out", "--data", str(file))
+        self.assertEqual(code, 2)
+        self.assertIn(f"{file} is no text in UTF-8", errors)
+
     def test_the_command_tells_of_errors_and_interrupts_in_a_line(self):
+        with patch.object(command, "convert", side_effect=SafetensorError("No space left on device")):
+            code, _, errors = self.run_command("-i", "in", "-o", "out")
+        self.assertEqual((code, errors), (1, "error: No space left on device\n"))
         small_model(self.source)
         words = ("-i", self.source, "-o", self.output, "-b", "1", "--effort", "fast")
         code, _, errors = self.run_command(*words, "--device", "cuda:77")

@@ -18,6 +18,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ...utils import logging
 from ...utils.quantization_config import Exl3Config
 from .convert import convert
@@ -33,7 +35,7 @@ layers once more.
 def number(text: str) -> int | float:
     """A number of bits: whole numbers as such, so that they are written as such."""
     value = float(text)
-    return int(value) if value == int(value) else value
+    return int(value) if value.is_integer() else value
 
 
 def rate(text: str) -> tuple[str, int | float]:
@@ -41,6 +43,13 @@ def rate(text: str) -> tuple[str, int | float]:
     if not pattern or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not like '*.down_proj=4'")
     return pattern, number(bits)
+
+
+def text_of(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(arguments)
     try:
-        texts = [Path(file).read_text(encoding="utf-8") for file in args.data or ()]
+        texts = [text_of(file) for file in args.data or ()]
         config = Exl3Config(
             bits=args.bits,
             head_bits=args.head_bits,
@@ -125,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # the last for a full disk
         if args.verbose:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

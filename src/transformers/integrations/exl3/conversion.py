@@ -90,7 +90,8 @@ class Conversion:
             raise
         finally:
             lock.release()
-        shutil.rmtree(self.output / DONE)
+        with contextlib.suppress(FileNotFoundError):  # another process that begins removes it, too
+            shutil.rmtree(self.output / DONE)
 
     def _has_work(self) -> bool:
         """Whether something is there that took long."""

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 import transformers
@@ -113,6 +113,10 @@ def convert(
             f"with data the model reads text and is on one device, here on the CPU: leave {str(device)!r} out, or quantize by "
             "`from_pretrained` with `device_map` and `save_pretrained`."
         )
+    try:  # saving comes last, hours later
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"{max_shard_size!r} is no size of a file: {error}") from error
     folder = find_source(source, revision)
     weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
     before = _size(weights)
