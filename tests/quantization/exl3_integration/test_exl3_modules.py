@@ -23,7 +23,7 @@ from parameterized import parameterized
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers.integrations.exl3 import experts, format, ops
+from transformers.integrations.exl3 import experts, format, grouped, ops
 from transformers.integrations.exl3.embeddings import Exl3Embedding
 from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels import cpu
@@ -224,6 +224,26 @@ class Exl3ModulesTest(unittest.TestCase):
             torch.testing.assert_close(changed, module(x, index[:, :1], weights[:, :1]), rtol=0, atol=0)
         copied = copy.deepcopy(module)
         torch.testing.assert_close(copied(x, index[:, :1], weights[:, :1]), changed, rtol=0, atol=0)
+
+    def test_each_thread_is_given_the_weights_of_its_own_tensors(self):
+        """Another thread's turn comes while the second of two is packed."""
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        stack = self.experts("mixtral")[1].stacked_up.get_submodule("0")
+        own = [stack.trellis, stack.suh, stack.svh]
+        others, sizes = [tensor.detach().clone() for tensor in own], (stack.in_features, stack.out_features)
+        expected = grouped.DirectStack()([0, 1], *own, None, stack.codebook, *sizes)
+        direct, pack, calls = grouped.DirectStack(), ops.packed, []
+
+        def pack_and_switch(*args):
+            calls.append(0)
+            if len(calls) == 2:
+                direct([0], *others, None, stack.codebook, *sizes)
+            return pack(*args)
+
+        with patch.object(ops, "packed", pack_and_switch):
+            found = direct([0, 1], *own, None, stack.codebook, *sizes)
+        self.assertEqual([weight._constant for weight in found], [weight._constant for weight in expected])
 
     @parameterized.expand(["float32", "bfloat16"])
     def test_outputs_of_many_tokens_are_added_up_in_one_order(self, dtype):

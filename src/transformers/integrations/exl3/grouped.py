@@ -97,7 +97,7 @@ class DirectStack:
     """
 
     def __init__(self):
-        self._weights, self._key = {}, None
+        self._found = None, {}  # in one, so that each thread has the weights of the tensors that it asks for
 
     def __call__(
         self, entries, trellis, suh, svh, bias, codebook, in_features, out_features
@@ -105,14 +105,16 @@ class DirectStack:
         """Those of `entries`, other arguments as of `grouped_linear`. None for one that no compiled kernel takes."""
         tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
         key = ops.identity(tensors)
-        if key != self._key:
-            self._weights, self._key = {}, key
+        known, weights = self._found
+        if key != known:
+            weights = {}
+            self._found = key, weights
         for entry in entries:
-            if entry not in self._weights:
+            if entry not in weights:
                 one = [tensor[entry] for tensor in tensors]
                 addend = None if bias is None else one[3]
-                self._weights[entry] = ops.packed(one, addend, codebook, in_features, out_features)
-        return [self._weights[entry] for entry in entries]
+                weights[entry] = ops.packed(one, addend, codebook, in_features, out_features)
+        return [weights[entry] for entry in entries]
 
 
 multiply_rows = cpu.multiply_rows
