@@ -157,16 +157,38 @@ class Exl3LinearKernelTest(KernelTest):
         arguments, _ = self.layer(512, 384, bits)
         for rows, input_bits, dtype in itertools.product((1, 2), (8, 16), DTYPES[1:]):
             x = torch.randn(rows, 512).to(getattr(torch, dtype))
-            expected = reference.linear(x, *arguments[:4], input_bits)
+            expected = reference.linear(x, *arguments, input_bits)
             with patch.dict(os.environ, EXL3_CPU_INPUT_BITS=str(input_bits)):
                 y = self.multiply(x, arguments, 384)
             torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+    @parameterized.expand(itertools.product(ISAS, format.CODEBOOKS))
+    def test_more_rows_are_the_reference_to_the_byte(self, isa, codebook):
+        self.force(isa)
+        for bits, rows, dtype in ((4, 3, "float16"), (2, 14, "bfloat16"), (7, 25, "float16")):
+            arguments, _ = self.layer(256, 384, bits, codebook)
+            x = torch.randn(rows, 256).to(getattr(torch, dtype))
+            x[0, :128], x[1, 128:] = 0, 1e3
+            y = self.multiply(x, arguments, 384)
+            torch.testing.assert_close(y, reference.linear(x, *arguments), rtol=0, atol=0)
+
+    @parameterized.expand(format.CODEBOOKS)
+    def test_the_largest_sums_are_exact(self, codebook):
+        (trellis, suh, svh, bias, _), _ = self.layer(128, 128, 8, codebook)
+        for codes in (
+            trellis,
+            torch.zeros_like(trellis),
+        ):  # all of mul1's codes are as far from their middle as can be there
+            # Inputs as large as they can be, all of the sign of their codes.
+            x = hadamard(format.decode(codes, codebook).float()[:, :3].T.sign() * 8).bfloat16()
+            layer = (codes, torch.ones_like(suh), svh, bias, codebook)
+            torch.testing.assert_close(self.multiply(x, layer, 128), reference.linear(x, *layer), rtol=0, atol=0)
 
     def test_bits_of_inputs_follow_the_rate(self):
         x = torch.randn(1, 256).bfloat16()
         for bits in format.BITS:
             arguments, _ = self.layer(bits=bits)
-            expected = reference.linear(x, *arguments[:4], 8 if bits <= 4 else 16)
+            expected = reference.linear(x, *arguments, 8 if bits <= 4 else 16)
             with self.subTest(bits=bits):
                 torch.testing.assert_close(self.multiply(x, arguments, 384), expected, rtol=0, atol=0)
 

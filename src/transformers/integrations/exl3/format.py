@@ -160,19 +160,24 @@ def check_codebook(codebook: str):
         raise ValueError(f"unknown EXL3 codebook {codebook!r}, the format has {', '.join(CODEBOOKS)}")
 
 
-@lru_cache
-def codebook_values(codebook: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
-    """fp16 `[65536]`: the value of each state under `codebook`. Raises `ValueError` for an unknown codebook."""
+def exact_codebook_values(codebook: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+    """fp32 `[65536]`: `codebook_values` before they are rounded, exact."""
     check_codebook(codebook)
     states = torch.arange(NUM_STATES, dtype=torch.int64, device=device)
     if codebook == "mul1":
         product = states * MARKERS["mul1"]
         byte_sum = sum((product >> shift) & 0xFF for shift in (0, 8, 16, 24))
-        return ((1024 + byte_sum).float() * _MUL1_SCALE + _MUL1_OFFSET).half()  # one rounding: fp32 holds it exactly
+        return (1024 + byte_sum).float() * _MUL1_SCALE + _MUL1_OFFSET
     product = states * MARKERS["mcg"] if codebook == "mcg" else states * _3INST_MULTIPLIER + _3INST_ADDEND
     product = (product & _3INST_MASK) ^ _3INST_EXPONENTS
     halves = torch.stack((product & 0xFFFF, (product >> 16) & 0xFFFF))
-    return halves.to(torch.int32).to(torch.int16).view(torch.float16).float().sum(0).half()
+    return halves.to(torch.int32).to(torch.int16).view(torch.float16).float().sum(0)
+
+
+@lru_cache
+def codebook_values(codebook: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+    """fp16 `[65536]`: the value of each state under `codebook`. Raises `ValueError` for an unknown codebook."""
+    return exact_codebook_values(codebook, device).half()  # rounded once
 
 
 def decode(trellis: torch.Tensor, codebook: str) -> torch.Tensor:

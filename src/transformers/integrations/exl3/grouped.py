@@ -126,7 +126,7 @@ def _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features):
     if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
         return gpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_zeros(x.shape[0], out_features)
-    few = ops.FEW_ROWS if ops.is_compiled(x) else 0
+    few = ops.most_rows(x)
     if few:
         cpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, y, few)
         if x.shape[0] <= few:

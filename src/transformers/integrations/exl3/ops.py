@@ -28,6 +28,8 @@ What computes them: the Triton kernels of `kernels/triton` on GPUs, the compiled
 these are missing plain torch, which defines what they all compute.
 """
 
+import sys
+
 import torch
 
 from . import format
@@ -39,13 +41,21 @@ from .kernels.triton import gpu
 # Elements of `inner` that are decoded at a time: at most 16 MiB, enough columns for an efficient matrix product.
 STRIP_ELEMENTS = 1 << 22
 
-# Up to so many rows the compiled kernel of the CPU multiplies while it decodes; more are faster in a matrix product.
+# Up to so many rows the compiled kernel of the CPU multiplies while it decodes. More are faster in a matrix product, unless
+# the kernel has a fast one of its own.
 FEW_ROWS = 48
 
 
 def is_compiled(tensor: torch.Tensor) -> bool:
     """Whether the compiled kernels of the CPU compute what `tensor` is the input of."""
     return tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES and cpu.is_available()
+
+
+def most_rows(x: torch.Tensor) -> int:
+    """Up to how many rows like those of `x` the compiled kernel of the CPU multiplies while it decodes."""
+    if not is_compiled(x):
+        return 0
+    return sys.maxsize if x.dtype is not torch.float32 and cpu.multiplies_many_rows() else FEW_ROWS
 
 
 def _decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
@@ -175,7 +185,7 @@ def linear(
         return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_empty(*x.shape[:-1], out_features)
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
-    if rows.shape[0] <= FEW_ROWS and is_compiled(x):
+    if rows.shape[0] <= most_rows(x):
         cpu.linear([(rows, trellis, suh, svh, bias, codebook)], [out])
     else:
         multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Cases of the compiled kernels for `check_cases.cpp`, in plain torch: products of one and two rows, and decoded weights.
+Cases of the compiled kernels for `check_cases.cpp`, in plain torch: products of one to three rows, and decoded weights.
 
     python tests/quantization/exl3_integration/cross/write_cases.py FILE
 
@@ -42,11 +42,11 @@ def random_trellis(bits: float) -> torch.Tensor:
     return torch.randint(-(1 << 15), 1 << 15, (IN // format.TILE, OUT // format.TILE, int(16 * bits))).to(torch.int16)
 
 
-def linear_case(bits: float, rows: int, input_bits: int, dtype: torch.dtype) -> bytes:
+def linear_case(bits: float, codebook: str, rows: int, input_bits: int, dtype: torch.dtype) -> bytes:
     trellis, x = random_trellis(bits), torch.randn(rows, IN).to(dtype)
     suh, svh = torch.randn(IN).half(), torch.randn(OUT).half()
-    y = reference.linear(x, trellis, suh, svh, None, input_bits)
-    sizes = (int(2 * bits), format.CODEBOOKS.index("mul1"), rows, IN, OUT, cpu.DTYPES[dtype], input_bits)
+    y = reference.linear(x, trellis, suh, svh, None, codebook, input_bits)
+    sizes = (int(2 * bits), format.CODEBOOKS.index(codebook), rows, IN, OUT, cpu.DTYPES[dtype], input_bits)
     return struct.pack("8q", 1, *sizes) + b"".join(map(raw, (x, trellis, suh, svh, y)))
 
 
@@ -59,11 +59,12 @@ def decode_case(bits: float, codebook: str, dtype: torch.dtype) -> bytes:
 
 def main(path: str):
     torch.manual_seed(0)
-    products = itertools.product(format.BITS, (1, 2), (8, 16), (torch.float16, torch.bfloat16))
+    fused = itertools.product(format.BITS, ("mul1",), (1, 2), (8, 16), (torch.float16, torch.bfloat16))
+    products = itertools.product(format.BITS, format.CODEBOOKS, (3,), (16,), (torch.bfloat16,))
     weights = itertools.product(format.BITS, format.CODEBOOKS, cpu.DTYPES)
     with open(path, "wb") as file:
-        file.writelines(linear_case(*case) for case in products)
-        file.writelines(decode_case(*case) for case in weights if case[0] == int(case[0]) or case[1] == "mul1")
+        for write, cases in ((linear_case, fused), (linear_case, products), (decode_case, weights)):
+            file.writelines(write(*case) for case in cases if case[0] == int(case[0]) or case[1] == "mul1")
 
 
 if __name__ == "__main__":

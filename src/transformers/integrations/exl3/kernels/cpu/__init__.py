@@ -43,7 +43,7 @@ from .. import hub
 logger = logging.get_logger(__name__)
 
 LIBRARY = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
-ABI_VERSION = 5  # as in cpu.cpp
+ABI_VERSION = 6  # as in cpu.cpp
 HUB_KERNEL = "kernels-community/exl3-cpu"  # whose versions are those of the ABI
 
 _STATUS = {
@@ -129,6 +129,11 @@ def isa() -> str:
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 numbers, which torch's matrix products use then."""
     return is_available() and bool(_library().exl3_multiplies_bfloat16())
+
+
+def multiplies_many_rows() -> bool:
+    """Whether `linear` is faster than a product with a decoded weight for any number of rows of 16 bits."""
+    return bool(_loaded().exl3_multiplies_many_rows())
 
 
 def search(tiles: torch.Tensor, bits: float, codebook: str, effort: str = "default") -> torch.Tensor:

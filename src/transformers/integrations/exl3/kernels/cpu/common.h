@@ -107,9 +107,9 @@ void for_each_index(int64_t count, int threads, const Work& work) {
 
 // Has the cache fetch bytes that may lie beyond the end of the memory, where nothing happens.
 template <int BYTES>
-inline void prefetch(const int16_t* from) {
+inline void prefetch(const void* from) {
 #if defined(__GNUC__)
-  for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+  for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte);
 #endif
 }
 
@@ -215,10 +215,17 @@ constexpr int row_of(int lane, int code) { return 2 * (lane % 4) + code % 2 + 8 
 // What a code stands for before it is rounded to fp16: `step * code + start`. Both terms and the sum are exact in fp32.
 struct CodeUnits {
   float step, start;
-  int largest_input;  // so that 16 products of codes and inputs add up to less than 2**31
+  int middle, largest;  // of all codes, and how far at most one is from it
 };
 constexpr CodeUnits UNITS[NUM_CODEBOOKS] = {
-    {0x1p-13f, 0, 4095}, {0x1p-13f, 0, 4095}, {0.00676727294921875f, 1024 * 0.00676727294921875f - 10.3828125f, 32767}};
+    {0x1p-13f, 0, 0, 2047 << 4}, {0x1p-13f, 0, 0, 2047 << 4},
+    {0.00676727294921875f, 1024 * 0.00676727294921875f - 10.3828125f, 510, 510}};
+
+// Largest magnitudes of whole inputs: of one, and of a block's together, so that their products with codes less `middle` add up
+// to less than 2**31. Each is rounded by up to a half. Every block of mul1's is below.
+constexpr int LARGEST_INPUT = 32767;
+constexpr int largest_inputs(CodeUnits units) { return INT32_MAX / units.largest - BLOCK / 2 - 2; }
+static_assert(largest_inputs(UNITS[MUL1]) > BLOCK * LARGEST_INPUT, "mul1's sums have room for all inputs");
 
 // Rows up to which each product of a mul1 weight is added up for itself ("fused"), and rates up to which their inputs then
 // have 8 bits instead of 16. The error of 8 bits is 0.65 % of the output's RMS, that of coding 6.3 % at 4 bits and 3.2 % at 5: by
@@ -248,8 +255,8 @@ struct FusedCall {
   int64_t row_stride, column_stride;               // in words
   int64_t blocks;                                  // of the input
   const int32_t* inputs;                           // [rows, blocks]: what `Fused::arrange` makes of a block
-  const int32_t* totals;                           // [rows, blocks, parts]: sums of the inputs' bytes
-  const float* scales;                             // [rows, blocks]
+  const int32_t* totals;                           // [blocks, rows, parts]: sums of the inputs' bytes
+  const float* scales;                             // [blocks, rows]
   float* sums[FUSED_ROWS];                         // each [16 FUSED_COLUMNS]
 };
 using FusedProduct = void (*)(const FusedCall&);
@@ -259,6 +266,17 @@ struct Fused {
   FusedProduct (*product)(int twice_bits, int rows, int parts);    // for inputs of so many bytes ("parts")
   void (*arrange)(const int16_t* whole, int parts, int32_t* to);  // the 128 inputs of a block as the product reads them,
   int sizes[2];                                                   // of so many dwords for each tile: of one and of two parts
+};
+
+// One block of a group's rows of the input, times decoded codes.
+struct RowsCall {
+  const int16_t* codes;    // [COLUMNS, 8, 256], of so many columns of tiles as an instruction set takes at a time
+  const int16_t* inputs;   // what `arrange_row` makes of each row
+  const float* scales;     // [rows],
+  const int32_t* totals;   // [rows]: and the sums of their inputs
+  int middle;              // of the codes
+  float* sums;             // [rows, 16 COLUMNS], rows `sums_stride` apart
+  int64_t sums_stride;
 };
 
 constexpr uint32_t MULTIPLIERS[NUM_CODEBOOKS] = {89226354, 0xCBAC1FED, 0x83DCD12D};  // as in format.py

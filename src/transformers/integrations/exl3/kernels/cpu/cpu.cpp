@@ -57,7 +57,7 @@ void __throw_bad_array_new_length() { throw bad_alloc(); }
 
 namespace {
 
-constexpr int ABI_VERSION = 5;  // `cpu.ABI_VERSION`: raised with every change of a signature below
+constexpr int ABI_VERSION = 6;  // `cpu.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
@@ -221,11 +221,13 @@ struct Isa {
   void (*rotate)(const RotateCall&, int threads);
   void (*decode)(const DecodeCall&, int threads);
   void (*dequantize)(const DecodeCall&, int threads);
+  bool many_rows;      // `MANY_ROWS`
   const Fused* fused;  // null for none
 };
 
 #define EXL3_ISA(name, kernels, fused) \
-  {name, kernels::search, kernels::multiply, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, fused}
+  {name, kernels::search, kernels::multiply, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
+   kernels::MANY_ROWS, fused}
 
 #if defined(EXL3_ARM_DOT)
 // Whether this machine has what macOS calls `name`, and Linux a bit of its first or second word of capabilities.
@@ -318,6 +320,17 @@ EXPORT int32_t exl3_multiplies_bfloat16() {
 #else
   return 0;
 #endif
+}
+
+// Whether `exl3_linear` is faster here than to decode a weight and to multiply by it, for any number of rows of 16 bits. Where
+// whole tiles are multiplied by one instruction (AMX), a matrix product of bfloat16 numbers is.
+EXPORT int32_t exl3_multiplies_many_rows() {
+#if defined(EXL3_X86)
+  unsigned eax, ebx, ecx, edx = 0;
+  constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7, in edx
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & AMX_BF16) return 0;
+#endif
+  return isa() && isa()->many_rows;
 }
 
 // The parallel regions of the OpenMP library that torch computes on, null for none.

@@ -157,12 +157,12 @@ static inline void multiply_block(const FusedCall& call, const int16_t* tile, in
     multiply_tile<RATE, ROWS, PLANES, FIRST>(tile, inputs, sums, std::make_integer_sequence<int, PAIRS * HALVES>());
   }
   for (int row = 0; row < ROWS; ++row) {
-    int64_t index = row * call.blocks + block;
+    int64_t index = block * ROWS + row;
     Sums parts[PARTS][PAIRS];
     for (int pair = 0; pair < PAIRS; ++pair) Operations::split(sums[pair][row], parts, pair);
     Whole columns[PARTS][2];
     for (int part = 0; part < PARTS; ++part)
-      fold(parts[part], columns[part], Operations::OFFSET * call.totals[index * PARTS + part]);
+      fold(parts[part], columns[part], (Operations::OFFSET - UNITS[MUL1].middle) * call.totals[index * PARTS + part]);
     for (int half = 0; half < 2; ++half) {
       Floats exact = __builtin_convertvector(columns[0][half], Floats), sum;  // the number that both parts make is rounded once
       if constexpr (PARTS == 2) exact = exact * 256 + __builtin_convertvector(columns[PARTS - 1][half], Floats);

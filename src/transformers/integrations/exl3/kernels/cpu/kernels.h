@@ -17,6 +17,14 @@
 
 #include "rotation.h"
 
+#if EXL3_VNNI
+#include "windows_avx512.h"
+
+#include "rows_avx512.h"
+#else
+#include "rows.h"
+#endif
+
 #include "linear.h"
 
 #include "dense.h"

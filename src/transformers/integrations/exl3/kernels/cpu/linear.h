@@ -12,62 +12,66 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// The product of few rows and a quantized weight: tiles are decoded in the cache, and all rows share the decoding.
+// The product of rows and a quantized weight: tiles are decoded in the cache, and many rows share the decoding.
 //
-// fp32 rows are multiplied with the exact fp16 values. Rows of fewer bits are made whole numbers of 16 bits, block by block
-// of 128 features with a scale of its own, and multiplied with codes, which values are before they are rounded to fp16.
-// Both errors are about 2e-4 of the result, a tenth of what rounding it to bf16 adds.
+// fp32 rows are multiplied with the exact fp16 values. Rows of fewer bits are made whole numbers of 16 bits, block by block of
+// 128 features with a scale of its own, and multiplied with codes, which values are before they are rounded to fp16. The sums
+// of a block are exact. Both errors are at most 5e-4 of the result, a quarter of what rounding it to bf16 adds.
 //
-// One or two rows and a mul1 weight ("fused"): sums are whole numbers over a block of each column, for inputs of 8 bits or of
-// two bytes. Instruction sets that have a `Fused` add them up with it, others as follows, to the same bytes.
+// One or two rows and a mul1 weight ("fused") have inputs of 8 bits or of two bytes. Instruction sets that have a `Fused`
+// multiply them while they decode, the same bytes as otherwise.
 
-constexpr int ROWS = 16;  // that share the decoding
-constexpr int PATTERN = LANES_OF_TILE;  // inputs of a tile in the order of codes, twice: for a column and the one 8 on
+constexpr int EXACT_SHARING = 16;              // fp32 rows that share the decoding
+constexpr int MOST_ROWS = GROUP * SHARING;     // that do
+constexpr int PATTERN = LANES_OF_TILE;         // exact inputs of a tile in the order of codes, twice: for a column and the one 8 on
 
 struct Linear {
   const LinearCall& call;
-  const int64_t blocks, columns, chunks;  // of the input, of tiles, of ROWS rows
-  const int64_t width;                    // columns of tiles that a thread takes at a time
   const bool exact, fused;
-  const int parts;          // bytes of an input, where it is fused
-  const Fused* const with;  // what that is done with, null for nothing
-  const int inputs;         // dwords of a tile's inputs for it
+  const int64_t blocks, columns;   // of the input, of tiles
+  const int64_t groups, chunks;    // of rows that are multiplied together, of groups that share the decoding
+  const int64_t width;             // columns of tiles that a thread takes at a time
+  const int parts;                 // bytes of an input, where it is fused
+  const Fused* const with;         // what that is done with, null for nothing
+  const int inputs;                // dwords of a tile's inputs for it
   const Decoder decode;
   const CodeUnits units;
-  Buffer<float> sums;             // [rows, out]: the product before it is rotated
-  Buffer<float> values;           // [rows, in_tiles, PATTERN]: exact inputs
-  Buffer<int32_t> arranged;       // [rows, in_tiles, inputs]: whole inputs for `with`,
-  Buffer<int32_t> byte_totals;    // [rows, blocks, parts]: and the sums of their bytes
-  Buffer<int16_t> whole;          // [rows, in_tiles, PATTERN]: other whole inputs,
-  Buffer<float> scales;           // [rows, blocks]: their scales,
-  Buffer<float> totals;           // [rows, blocks]: and the sums of what they stand for
-  Buffer<std::atomic<int>> left;  // [chunks, blocks of the output]: columns of tiles that are still to come
+  Buffer<float> sums;              // [rows, out]: the product before it is rotated, where threads share blocks of the output
+  Buffer<float> values;            // [rows, in_tiles, PATTERN]: exact inputs
+  Buffer<int32_t> arranged;        // [rows, in_tiles, inputs]: whole inputs for `with`,
+  Buffer<int32_t> byte_totals;     // [blocks, rows, parts]: and the sums of their bytes
+  Buffer<int16_t> whole;           // [blocks, rows, 8, ROW_INPUTS], in the order of `arrange_row`: other whole inputs,
+  Buffer<float> scales;            // [blocks, rows]: their scales,
+  Buffer<int32_t> totals;          // [blocks, rows]: and sums
+  Buffer<std::atomic<int>> left;   // [chunks, blocks of the output]: columns of tiles that are still to come
 
   Linear(const LinearCall& call, int64_t width, const Fused* fused_with)
       : call(call),
-        blocks(call.trellis.in_tiles / BLOCK_TILES),
-        columns(call.trellis.out_tiles),
-        chunks((call.rows + ROWS - 1) / ROWS),
-        width(width),
         exact(call.x.dtype == FLOAT32),
         fused(is_fused(call)),
+        blocks(call.trellis.in_tiles / BLOCK_TILES),
+        columns(call.trellis.out_tiles),
+        groups(groups_of(call)),
+        chunks(chunks_of(call)),
+        width(width),
         parts(has_byte_inputs(call.trellis.twice_bits) ? 1 : 2),
         with(fused ? fused_with : nullptr),
         inputs(with ? with->sizes[parts - 1] : 0),
-        decode(decoder(call.trellis.twice_bits, call.trellis.codebook)),
+        decode(exact ? decoder<StreamOrder>(call.trellis.twice_bits, call.trellis.codebook)
+                     : decoder<RowsOrder>(call.trellis.twice_bits, call.trellis.codebook)),
         units(UNITS[call.trellis.codebook]),
-        sums(call.rows * columns * TILE),
+        sums(width < BLOCK_TILES ? call.rows * columns * TILE : 0),
         values(exact ? call.rows * call.trellis.in_tiles * PATTERN : 0),
         arranged(call.rows * call.trellis.in_tiles * inputs),
         byte_totals(with ? call.rows * blocks * parts : 0),
-        whole(exact || with ? 0 : call.rows * call.trellis.in_tiles * PATTERN),
+        whole(exact || with ? 0 : call.rows * call.trellis.in_tiles * ROW_INPUTS),
         scales(exact ? 0 : call.rows * blocks),
         totals(exact ? 0 : call.rows * blocks),
         left(chunks * columns / BLOCK_TILES) {
     for (int64_t i = 0; i < chunks * columns / BLOCK_TILES; ++i) new (left.data + i) std::atomic<int>(BLOCK_TILES);
   }
 
-  int64_t preparations() const { return call.rows * blocks; }
+  int64_t preparations() const { return groups * blocks; }
   int64_t products() const { return chunks * columns / width; }
 
   static bool is_fused(const LinearCall& call) {
@@ -77,28 +81,50 @@ struct Linear {
     int wanted = input_bits_wanted();
     return wanted ? wanted == 8 : twice_bits <= BYTE_INPUTS_TWICE_BITS;
   }
+  static int64_t groups_of(const LinearCall& call) {
+    int64_t most = call.x.dtype == FLOAT32 ? 1 : GROUP;
+    return (call.rows + most - 1) / most;
+  }
+  static int64_t chunks_of(const LinearCall& call) {
+    int64_t most = call.x.dtype == FLOAT32 ? EXACT_SHARING : SHARING;
+    return (groups_of(call) + most - 1) / most;
+  }
 
-  static constexpr int feature_of(int place) {
+  // Groups are of nearly the same number of rows, and chunks of groups.
+  int64_t first_row(int64_t group) const { return group * call.rows / groups; }
+  int rows_of(int64_t group) const { return int(first_row(group + 1) - first_row(group)); }
+  int64_t first_group(int64_t chunk) const { return chunk * groups / chunks; }
+
+  static constexpr int exact_feature_of(int place) {
     int lane = place % PATTERN / LANE_CODES;
     return place / PATTERN * TILE + row_of(lane, LANE_ORDER[place % LANE_CODES]);
   }
 
-  // One block of one row of the input.
+  int16_t* whole_of(int64_t group, int64_t block) const {
+    return whole.data + (block * call.rows + first_row(group)) * BLOCK_TILES * ROW_INPUTS;
+  }
+
+  // One block of a group's rows of the input.
   void prepare(int64_t index) const {
-    int64_t row = index / blocks, block = index % blocks;
+    int64_t group = index / blocks, block = index % blocks;
+    for (int i = 0; i < rows_of(group); ++i) prepare_row(group, i, block);
+  }
+
+  void prepare_row(int64_t group, int number, int64_t block) const {
+    int64_t row = first_row(group) + number, index = block * call.rows + row;
     alignas(64) float data[BLOCK];
     read_block(call.x, row, block, call.in_features, data);
     scale_block(call.suh, block, data);
     rotate(data);
-    int64_t place = (row * blocks + block) * BLOCK_TILES * PATTERN;
     if (exact) {
-      for (int i = 0; i < BLOCK_TILES * PATTERN; ++i) values.data[place + i] = data[feature_of(i)];
+      float* to = values.data + (row * blocks + block) * BLOCK_TILES * PATTERN;
+      for (int i = 0; i < BLOCK_TILES * PATTERN; ++i) to[i] = data[exact_feature_of(i)];
       return;
     }
     int32_t bits = 0;  // of the largest magnitude: they are ordered as numbers are, and what is not finite is larger
     for (float value : data) bits = std::max(bits, bit_cast<int32_t>(value) & INT32_MAX);
     bool finite = bits < 0x7F800000;
-    float scale = bit_cast<float>(bits) / float(!fused ? units.largest_input : parts == 1 ? LARGEST_BYTE : LARGEST_TWO_BYTES);
+    float scale = scale_of(data, bit_cast<float>(bits));
     // Smaller scales have too few bits: such a block is as good as zero. What is not finite goes on through the scale.
     float factor = finite && scale >= FLT_MIN ? 1 / scale : 0;
     constexpr float WHOLE = 0x1.8p23f;  // numbers of its magnitude are whole
@@ -110,38 +136,56 @@ struct Linear {
       total += rounded[i];
     }
     if (with)
-      arrange(rounded, index);
+      arrange(rounded, row, block);
     else
-      for (int i = 0; i < BLOCK_TILES * PATTERN; ++i) whole.data[place + i] = rounded[feature_of(i)];
+      arrange_row(rounded, number, rows_of(group), whole_of(group, block));
     scales.data[index] = finite ? scale : NAN;
-    totals.data[index] = float(total) * scales.data[index];
+    totals.data[index] = total;
   }
 
-  void arrange(const int16_t* rounded, int64_t index) const {
-    with->arrange(rounded, parts, arranged.data + index * BLOCK_TILES * inputs);
+  float scale_of(const float* data, float largest) const {
+    if (fused) return largest / float(parts == 1 ? LARGEST_BYTE : LARGEST_TWO_BYTES);
+    float scale = largest / float(LARGEST_INPUT);
+    if (largest_inputs(units) >= BLOCK * LARGEST_INPUT) return scale;
+    double total = 0;
+    for (int i = 0; i < BLOCK; ++i) total += std::fabs(data[i]);
+    return std::max(scale, float(total / largest_inputs(units)));
+  }
+
+  void arrange(const int16_t* rounded, int64_t row, int64_t block) const {
+    with->arrange(rounded, parts, arranged.data + (row * blocks + block) * BLOCK_TILES * inputs);
     for (int part = 0; part < parts; ++part) {
       int32_t total = 0;
       for (int i = 0; i < BLOCK; ++i) total += byte_of(rounded[i], part, parts);
-      byte_totals.data[index * parts + part] = total;
+      byte_totals.data[(block * call.rows + row) * parts + part] = total;
     }
   }
 
+  // The sums of some columns of tiles and some rows: `sum` [rows, 16 width].
+  struct Part {
+    int64_t column, first_group, last_group, first, rows;
+    float* sum;
+    int64_t stride;  // from one row of sums to the next
+    float* at(int64_t row, int64_t column) const { return sum + row * stride + column * TILE; }
+  };
+
   // Some columns of tiles for one chunk of rows; what completes a block of the output finishes it.
   void multiply(int64_t index) const {
-    int64_t column = index * width % columns, chunk = index * width / columns, first = chunk * ROWS;
-    int rows = int(call.rows - first < ROWS ? call.rows - first : ROWS);
-    if (fused) {
-      multiply_fused(column, rows);
+    alignas(64) float own[MOST_ROWS * BLOCK];
+    int64_t column = index * width % columns, chunk = index * width / columns, block = column / BLOCK_TILES;
+    int64_t begin = first_group(chunk), end = first_group(chunk + 1), first = first_row(begin), rows = first_row(end) - first;
+    bool shared = width < BLOCK_TILES;
+    float* sum = shared ? sums.data + (first * columns + column) * TILE : own;
+    Part part{column, begin, end, first, rows, sum, shared ? columns * TILE : BLOCK};
+    if (exact) {
+      for (int64_t i = 0; i < width; ++i) multiply_values(part, i);
     } else {
-      alignas(64) int16_t codes[BLOCK_TILES * TILE_SIZE];
-      for (int64_t i = column; i < column + width; ++i)
-        exact ? multiply_values(i, first, rows, codes) : multiply_codes(i, first, rows, codes);
+      with ? multiply_fused(part) : multiply_whole(part);
+      finish_units(part);
     }
-    int64_t block = column / BLOCK_TILES;
-    if (width < BLOCK_TILES && left.data[chunk * (columns / BLOCK_TILES) + block].fetch_sub(int(width)) > width) return;
-    for (int64_t row = first; row < first + rows; ++row)
-      finish_block(call.svh, call.bias, call.y, row, block, call.out_features,
-                   sums.data + row * columns * TILE + block * BLOCK);
+    if (shared && left.data[chunk * (columns / BLOCK_TILES) + block].fetch_sub(int(width)) > width) return;
+    for (int64_t i = 0; i < rows; ++i)
+      finish_block(call.svh, call.bias, call.y, first + i, block, call.out_features, part.at(i, block * BLOCK_TILES - column));
   }
 
   void decode_block(int64_t column, int64_t block, int16_t* codes) const {
@@ -149,81 +193,54 @@ struct Linear {
     decode(tile, call.trellis.row_stride, BLOCK_TILES, codes);
   }
 
-  void multiply_fused(int64_t column, int rows) const {
-    FusedProduct product = with ? with->product(call.trellis.twice_bits, rows, parts) : nullptr;
-    for (int64_t i = column; i < column + width; i += product ? FUSED_COLUMNS : 1) {
-      if (!product) {
-        multiply_whole(i, rows);
-        continue;
-      }
-      FusedCall some{call.trellis.data + i * call.trellis.column_stride, call.trellis.row_stride, call.trellis.column_stride, blocks,
-                     arranged.data, byte_totals.data, scales.data, {}};
-      for (int row = 0; row < rows; ++row) some.sums[row] = sums.data + (row * columns + i) * TILE;
+  void multiply_fused(const Part& part) const {
+    FusedProduct product = with->product(call.trellis.twice_bits, int(part.rows), parts);
+    for (int64_t i = 0; i < width; i += FUSED_COLUMNS) {
+      FusedCall some{call.trellis.data + (part.column + i) * call.trellis.column_stride, call.trellis.row_stride,
+                     call.trellis.column_stride, blocks, arranged.data, byte_totals.data, scales.data, {}};
+      for (int64_t row = 0; row < part.rows; ++row) some.sums[row] = part.at(row, i);
       product(some);
     }
-    for (int row = 0; row < rows; ++row) {
-      float total = 0, *sum = sums.data + (row * columns + column) * TILE;
-      for (int64_t block = 0; block < blocks; ++block) total += totals.data[row * blocks + block];
-      for (int64_t i = 0; i < width * TILE; ++i) sum[i] = sum[i] * units.step + total * units.start;
+  }
+
+  void multiply_whole(const Part& part) const {
+    alignas(64) int16_t codes[COLUMNS * BLOCK_TILES * TILE_SIZE];
+    for (int64_t row = 0; row < part.rows; ++row) std::fill_n(part.at(row, 0), width * TILE, 0.f);
+    for (int64_t column = 0; column < width; column += COLUMNS)
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int i = 0; i < COLUMNS; ++i) decode_block(part.column + column + i, block, codes + i * BLOCK_TILES * TILE_SIZE);
+        for (int64_t group = part.first_group; group < part.last_group; ++group) {
+          int64_t row = first_row(group), index = block * call.rows + row;
+          RowsCall some{codes, whole_of(group, block), scales.data + index, totals.data + index, units.middle,
+                        part.at(row - part.first, column), part.stride};
+          add_rows(some, rows_of(group));
+        }
+      }
+  }
+
+  // Sums of codes less their middle to sums of values.
+  void finish_units(const Part& part) const {
+    for (int64_t row = 0; row < part.rows; ++row) {
+      float total = 0, *sum = part.at(row, 0);
+      for (int64_t index = part.first + row; index < blocks * call.rows; index += call.rows)
+        total += float(totals.data[index]) * scales.data[index];
+      total *= units.start + float(units.middle) * units.step;
+      for (int64_t i = 0; i < width * TILE; ++i) sum[i] = sum[i] * units.step + total;
     }
   }
 
-  void multiply_whole(int64_t column, int rows) const {
+  void multiply_values(const Part& part, int64_t column) const {
     alignas(64) int16_t codes[BLOCK_TILES * TILE_SIZE];
-    alignas(64) int32_t lanes[LANES_OF_TILE][4];
-    for (int row = 0; row < rows; ++row) std::fill_n(sums.data + (row * columns + column) * TILE, TILE, 0.f);
+    alignas(64) float lanes[EXACT_SHARING][TILE_SIZE], decoded[BLOCK_TILES * TILE_SIZE];
+    std::memset(lanes, 0, part.rows * sizeof *lanes);
     for (int64_t block = 0; block < blocks; ++block) {
-      decode_block(column, block, codes);
-      for (int row = 0; row < rows; ++row) {
-        int64_t index = row * blocks + block;
-        float* sum = sums.data + (row * columns + column) * TILE;
-        add_products(codes, whole.data + index * BLOCK_TILES * PATTERN, 0, lanes[0]);
-        for (int i = 0; i < TILE; ++i) {
-          int64_t exact = 0;
-          for (int lane = i % 8 * 4; lane < i % 8 * 4 + 4; ++lane) exact += int64_t(lanes[lane][i / 8]) + lanes[lane][i / 8 + 2];
-          sum[i] += float(exact) * scales.data[index];
-        }
-      }
-    }
-  }
-
-  void multiply_codes(int64_t column, int64_t first, int rows, int16_t* codes) const {
-    alignas(64) float lanes[ROWS][LANES_OF_TILE][4];
-    std::memset(lanes, 0, rows * sizeof *lanes);
-    float total[ROWS] = {};
-    for (int64_t block = 0; block < blocks; ++block) {
-      decode_block(column, block, codes);
-      for (int row = 0; row < rows; ++row) {
-        int64_t index = (first + row) * blocks + block;
-        add_products(codes, whole.data + index * BLOCK_TILES * PATTERN, scales.data[index], lanes[row][0]);
-        total[row] += totals.data[index];
-      }
-    }
-    for (int row = 0; row < rows; ++row) {
-      float* sum = sums.data + ((first + row) * columns + column) * TILE;
-      for (int i = 0; i < TILE / 2; ++i) {
-        float added[4];
-        for (int k = 0; k < 4; ++k) {
-          const float(*four)[4] = lanes[row] + 4 * i;
-          added[k] = (four[0][k] + four[1][k]) + (four[2][k] + four[3][k]);
-        }
-        sum[i] = (added[0] + added[2]) * units.step + total[row] * units.start;
-        sum[i + 8] = (added[1] + added[3]) * units.step + total[row] * units.start;
-      }
-    }
-  }
-
-  void multiply_values(int64_t column, int64_t first, int rows, int16_t* codes) const {
-    alignas(64) float lanes[ROWS][TILE_SIZE], decoded[BLOCK_TILES * TILE_SIZE];
-    std::memset(lanes, 0, rows * sizeof *lanes);
-    for (int64_t block = 0; block < blocks; ++block) {
-      decode_block(column, block, codes);
+      decode_block(part.column + column, block, codes);
       for (int i = 0; i < BLOCK_TILES * TILE_SIZE; i += TILE) store_values(codes + i, units, decoded + i);
-      for (int row = 0; row < rows; ++row)
-        add_exact_products(decoded, values.data + ((first + row) * blocks + block) * BLOCK_TILES * PATTERN, lanes[row]);
+      for (int64_t row = 0; row < part.rows; ++row)
+        add_exact_products(decoded, values.data + ((part.first + row) * blocks + block) * BLOCK_TILES * PATTERN, lanes[row]);
     }
-    for (int row = 0; row < rows; ++row) {
-      float* sum = sums.data + ((first + row) * columns + column) * TILE;
+    for (int64_t row = 0; row < part.rows; ++row) {
+      float* sum = part.at(row, column);
       for (int i = 0; i < TILE / 2; ++i) {
         float added[LANE_CODES];
         for (int k = 0; k < LANE_CODES; ++k) {
@@ -274,7 +291,7 @@ static void multiply(const LinearCall* calls, int64_t count, int threads, const 
   for (int64_t i = 0; i < count; ++i) {
     in_blocks += calls[i].rows * calls[i].trellis.in_tiles / BLOCK_TILES;
     work += calls[i].trellis.in_tiles * calls[i].trellis.out_tiles * TILE_SIZE * calls[i].rows;
-    out_blocks += (calls[i].rows + ROWS - 1) / ROWS * calls[i].trellis.out_tiles / BLOCK_TILES;
+    out_blocks += Linear::chunks_of(calls[i]) * calls[i].trellis.out_tiles / BLOCK_TILES;
   }
   threads = int(std::clamp(work / WORTH_A_THREAD, int64_t(1), int64_t(std::max(threads, 1))));
   // Whole blocks of the output need no counting; single columns share few blocks out evenly.
@@ -282,7 +299,7 @@ static void multiply(const LinearCall* calls, int64_t count, int threads, const 
   std::vector<std::unique_ptr<Linear>> products;
   for (int64_t i = 0; i < count; ++i)
     products.emplace_back(
-        new Linear(calls[i], !is_small ? BLOCK_TILES : Linear::is_fused(calls[i]) ? FUSED_COLUMNS : 1, fused));
+        new Linear(calls[i], !is_small ? BLOCK_TILES : Linear::is_fused(calls[i]) ? FUSED_COLUMNS : COLUMNS, fused));
   for_each_part(products, in_blocks < FEW ? 1 : threads, [](const Linear& product) { return product.preparations(); },
                 [](const Linear& product, int64_t index) { product.prepare(index); });
   for_each_part(products, threads, [](const Linear& product) { return product.products(); },

@@ -19,26 +19,33 @@ using Decoder = void (*)(const int16_t* tile, int64_t stride, int count, int16_t
 
 constexpr int PREFETCHED = 40;  // tiles ahead: about 300 ns, what memory takes
 
+// The order of a tile's codes in memory that `decode_tile` gives them, which is that of its stream but for `LANE_ORDER`.
+struct StreamOrder {
+  template <int RATE, int BOOK>
+  static inline void decode(const int16_t* tile, int16_t* codes) { decode_tile<RATE, BOOK>(tile, codes); }
+};
+
 // `count` tiles that are `stride` words apart to their codes [count, 256].
-template <int RATE, int BOOK>
+template <class Order, int RATE, int BOOK>
 static void decode_tiles(const int16_t* tile, int64_t stride, int count, int16_t* codes) {
   for (int i = 0; i < count; ++i) {
     prefetch<32 * RATE / 2>(tile + (i + PREFETCHED) * stride);
-    decode_tile<RATE, BOOK>(tile + i * stride, codes + i * TILE_SIZE);
+    Order::template decode<RATE, BOOK>(tile + i * stride, codes + i * TILE_SIZE);
   }
 }
 
-template <int BOOK, int... I>
+template <class Order, int BOOK, int... I>
 static Decoder decoder(int rate, std::integer_sequence<int, I...>) {
-  static constexpr Decoder DECODERS[] = {decode_tiles<RATES[I], BOOK>...};
+  static constexpr Decoder DECODERS[] = {decode_tiles<Order, RATES[I], BOOK>...};
   return DECODERS[rate];
 }
 
+template <class Order = StreamOrder>
 static Decoder decoder(int twice_bits, int codebook) {
   constexpr auto ALL = std::make_integer_sequence<int, NUM_RATES>();
   int rate = rate_index(twice_bits);
-  if (codebook == MUL1) return decoder<MUL1>(rate, ALL);
-  return codebook == MCG ? decoder<MCG>(rate, ALL) : decoder<THREE_INST>(rate, ALL);
+  if (codebook == MUL1) return decoder<Order, MUL1>(rate, ALL);
+  return codebook == MCG ? decoder<Order, MCG>(rate, ALL) : decoder<Order, THREE_INST>(rate, ALL);
 }
 
 #if EXL3_LANES > 1

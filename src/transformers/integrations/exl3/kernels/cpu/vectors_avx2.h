@@ -103,17 +103,7 @@ static inline void store_codes(int16_t* to, Words even, Words odd) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_packs_epi32(even, odd));
 }
 
-static inline void finish_sum(Words total, float scale, float* sums) {
-  __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_set1_ps(scale));
-  _mm256_store_ps(sums, _mm256_add_ps(_mm256_load_ps(sums), scaled));
-}
-
-static inline void finish_sum(Words total, float, int32_t* sums) {
-  _mm256_store_si256(reinterpret_cast<__m256i*>(sums), total);
-}
-
-template <typename Sum>
-EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, float scale, Sum* sums) {
+EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
   constexpr int AT_A_TIME = 8;  // as many sums as there are registers for
   for (int part = 0; part < TILE_SIZE; part += AT_A_TIME * CODES, sums += AT_A_TIME * CODES / 2) {
     Words total[AT_A_TIME];
@@ -125,7 +115,7 @@ EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inpu
       for (int i = 0; i < AT_A_TIME; ++i)
         total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(input[i % 2], load(some + i * CODES)));
     }
-    for (int i = 0; i < AT_A_TIME; ++i) finish_sum(total[i], scale, sums + i * 8);
+    for (int i = 0; i < AT_A_TIME; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(sums + i * 8), total[i]);
   }
 }
 

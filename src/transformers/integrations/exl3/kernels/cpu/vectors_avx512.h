@@ -154,33 +154,20 @@ static inline void store_codes(int16_t* to, Words even, Words odd) {
   _mm512_store_si512(to, _mm512_packs_epi32(even, odd));
 }
 
-static inline void finish_sum(Words total, float scale, float* sums) {
-  __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(scale));
-  _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), scaled));
-}
-
-static inline void finish_sum(Words total, float, int32_t* sums) { _mm512_store_si512(sums, total); }
-
-// The products of neighbouring codes [tiles][256] and inputs [tiles][32], added up, to `sums` [32][4]: `scale` times them is
-// added to floats, whole numbers are replaced.
-// Not inlined, since compilers would load all codes ahead of a loop over rows and run out of registers.
-template <typename Sum>
-EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, float scale, Sum* sums) {
+#if !EXL3_VNNI
+// The products of neighbouring codes [tiles][256] and inputs [tiles][32], added up, to `sums` [32][4].
+EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
   Words total[TILE_SIZE / CODES];
   for (Words& lanes : total) lanes = _mm512_setzero_si512();
   for (int tile = 0; tile < BLOCK_TILES; ++tile, codes += TILE_SIZE, inputs += 32) {
     Words input = load(inputs);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_SIZE / CODES; ++i) {
-#if EXL3_VNNI
-      total[i] = _mm512_dpwssd_epi32(total[i], input, load(codes + i * CODES));
-#else
+    for (int i = 0; i < TILE_SIZE / CODES; ++i)
       total[i] = _mm512_add_epi32(total[i], _mm512_madd_epi16(input, load(codes + i * CODES)));
-#endif
-    }
   }
-  for (int i = 0; i < TILE_SIZE / CODES; ++i, sums += 16) finish_sum(total[i], scale, sums);
+  for (int i = 0; i < TILE_SIZE / CODES; ++i, sums += 16) _mm512_store_si512(sums, total[i]);
 }
+#endif
 
 // 256 codes of a tile to the order of its transpose, rows side by side.
 static inline void transpose_codes(const int16_t* codes, int16_t* transposed) {

@@ -53,18 +53,14 @@ static void decode_tile(const int16_t* tile, int16_t* codes) {
   }
 }
 
-static inline void finish_sum(int32_t total, float scale, float* sum) { *sum += float(total) * scale; }
-static inline void finish_sum(int32_t total, float, int32_t* sum) { *sum = total; }
-
-template <typename Sum>
-EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, float scale, Sum* sums) {
+EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
   int32_t total[TILE_SIZE / 2] = {};
   for (int tile = 0; tile < BLOCK_TILES; ++tile, codes += TILE_SIZE, inputs += 32)
     for (int part = 0; part < TILE_SIZE; part += 32)
       for (int i = 0; i < 16; ++i)
         total[part / 2 + i] +=
             codes[part + 2 * i] * inputs[2 * i] + codes[part + 2 * i + 1] * inputs[2 * i + 1];
-  for (int i = 0; i < TILE_SIZE / 2; ++i) finish_sum(total[i], scale, sums + i);
+  std::memcpy(sums, total, sizeof total);
 }
 
 template <typename Value>
