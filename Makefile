@@ -98,15 +98,16 @@ fuzz: build/sanitized
 # Debian's and Ubuntu's packages qemu-user and g++-aarch64-linux-gnu. Each processor has to choose the set of instructions that
 # comes first.
 CROSS_CXX ?= aarch64-linux-gnu-g++
+EMULATE = qemu-aarch64 -L /usr/aarch64-linux-gnu
 CROSS = tests/quantization/exl3_integration/cross
 aarch64: refresh
 	mkdir -p build/aarch64
 	$(BIN)/python $(CROSS)/write_cases.py build/aarch64/cases
-	$(CROSS_CXX) -O3 -std=c++17 -ffp-contract=off -fno-math-errno -Wall -pthread -static -I$(KERNELS) \
+	$(CROSS_CXX) -O3 -std=c++17 -ffp-contract=off -fno-math-errno -Wall -pthread -I$(KERNELS) \
 		$(CROSS)/check_cases.cpp -o build/aarch64/check_cases
-	qemu-aarch64 -cpu max build/aarch64/check_cases build/aarch64/cases i8mm dotprod base
-	qemu-aarch64 -cpu neoverse-n1 build/aarch64/check_cases build/aarch64/cases dotprod
-	qemu-aarch64 -cpu cortex-a53 build/aarch64/check_cases build/aarch64/cases base
+	$(EMULATE) -cpu max build/aarch64/check_cases build/aarch64/cases i8mm dotprod base
+	$(EMULATE) -cpu neoverse-n1 build/aarch64/check_cases build/aarch64/cases dotprod
+	$(EMULATE) -cpu cortex-a53 build/aarch64/check_cases build/aarch64/cases base
 
 check-upstreams: $(VENV)/.installed
 	RUN_SLOW=1 $(BIN)/python -m pytest -q utils/patchset/tests/test_upstreams.py
