@@ -181,6 +181,18 @@ def _letters(config):
     config |= {"hybrid_override_pattern": "M*", "num_hidden_layers": 2}
 
 
+MUSE_TOWER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+MUSE_TOWER |= {"patch_size": 14, "pos_emb_height": 4, "pos_emb_width": 4, "layer_types": ["full_attention"]}
+HEADS = {"num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 32}
+STEP = {**HEADS, "attention_other_setting": HEADS, "model_type": "step3p5", "hidden_size": 128, "num_hidden_layers": 1}
+STEP |= {"intermediate_size": 256, "vocab_size": 64, "layer_types": ["full_attention"], "rope_theta": [1e4]}
+STEP |= {
+    "partial_rotary_factors": [0.5],
+    "swiglu_limits": [0.0],
+    "swiglu_limits_shared": [0.0],
+    "moe_layers_enum": "8",
+}
+STEP_TOWER = {"width": 128, "layers": 1, "heads": 4, "image_size": 56, "patch_size": 14, "mlp_ratio": 2.0}
 PLAIN_LAYERS = {
     "llama": (ONE_KIND, set()),
     "gemma4_text": (
@@ -230,6 +242,19 @@ PLAIN_LAYERS = {
             "projector_hidden_size": 96,
         },
         {"vision_tower.embeddings.patch_embedding"},
+    ),
+    "muse_glimmer": (
+        {
+            "text_config": {**ONE_KIND, "layer_types": ["full_attention"], "layer_rope_theta": [1e4]},
+            "out_hidden_size": 256,
+        }
+        | {"vision_config": MUSE_TOWER, "projector_hidden_size": 128},
+        {"vision_tower.patch_embedder.patch_embedding"},
+    ),
+    "step3p7": (
+        {"text_config": STEP, "vision_config": STEP_TOWER},
+        {"self_attn.g_proj"}
+        | {f"self_attn.{part}_proj" for part in "qkv"},  # these of the tower: in files in another order
     ),
     "mistral3": (
         {"text_config": {**ONE_KIND, "model_type": "mistral"}, "vision_config": PIXTRAL},
