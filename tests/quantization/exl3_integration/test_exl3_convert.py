@@ -359,6 +359,25 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertEqual(done, [])
         self.assertFalse(os.path.exists(self.output))
 
+    def test_a_layer_is_a_file_when_all_of_it_is_on_the_disk(self):
+        layers, tensors, done = finished.LayerFiles(Path(self.folder)), {"suh": torch.ones(128)}, []
+
+        def write_half(tensors, path):
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        with patch.object(finished, "save_file", write_half), self.assertRaises(KeyboardInterrupt):
+            layers.keep("layer", tensors)
+        self.assertIsNone(layers.find("layer"))
+        sync, replace = os.fsync, os.replace
+        with (
+            patch.object(finished.os, "fsync", lambda file: (done.append("fsync"), sync(file))),
+            patch.object(finished.os, "replace", lambda *paths: (done.append("replace"), replace(*paths))),
+        ):
+            layers.keep("layer", tensors)
+        self.assertEqual(done, ["fsync", "replace"])
+        torch.testing.assert_close(layers.find("layer"), tensors, rtol=0, atol=0)
+
     def test_the_room_that_is_needed_is_less_by_what_is_finished(self):
         layers, free = finished.LayerFiles(Path(self.folder)), shutil.disk_usage(self.folder)
         Path(self.folder, "a.safetensors").write_bytes(bytes(60))

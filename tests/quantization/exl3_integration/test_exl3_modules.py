@@ -23,7 +23,7 @@ from parameterized import parameterized
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers.integrations.exl3 import experts, format, grouped, ops
+from transformers.integrations.exl3 import embeddings, experts, format, grouped, ops
 from transformers.integrations.exl3.embeddings import Exl3Embedding
 from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
 from transformers.integrations.exl3.kernels import cpu
@@ -310,6 +310,10 @@ class Exl3ModulesTest(unittest.TestCase):
         plain = self.assert_stands_for(module, ids)
         self.assertEqual(plain.padding_idx, 29)
         self.assertEqual(module(ids[:, :0]).shape, (2, 0, 320))
+        whole = module.dequantized("weight")
+        with patch.object(embeddings, "EMBEDDING_STRIP_ELEMENTS", 29 * 512):  # a strip of 29 rows, and one of one
+            torch.testing.assert_close(module.dequantized("weight"), whole, rtol=0, atol=0)
+        torch.testing.assert_close(module.bfloat16().state_dict()["signs"], signs, rtol=0, atol=0)
 
     def test_casting_and_moving_keep_the_format(self):
         module, _ = make(128, 128)
