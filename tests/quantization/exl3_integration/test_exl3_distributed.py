@@ -403,6 +403,14 @@ class Exl3DataParallelTest(unittest.TestCase):
         plain = [n for n, m in wrapper.named_modules() for b in m._buffers if not isinstance(m, Exl3Module)]
         self.assertEqual(len(sent_again), len(plain))
 
+    def test_a_layer_by_itself(self):
+        layer = Exl3Linear(128, 128, random_linear(128, 128, bias=torch.ones(128))[0])
+        layer.bias.requires_grad_(True)
+        replica = DistributedDataParallel(layer)
+        self.assertEqual(replica.parameters_to_ignore, {"trellis", "suh", "svh", "mul1"})
+        replica(torch.ones(2, 128)).sum().backward()
+        self.assertEqual(layer.bias.grad.tolist(), [2] * 128)
+
     def test_float_models_are_as_ever(self):
         replica = DistributedDataParallel(torch.nn.Linear(3, 2))
         self.assertEqual(replica.parameters_to_ignore, set())
