@@ -126,6 +126,10 @@ class Exl3Config(QuantizationConfigMixin):
         if self.effort not in ("default", "fast"):
             raise ValueError(f"`effort` of Exl3Config has to be `default` or `fast`, got {self.effort!r}")
         overrides = self.overrides
+        if isinstance(overrides, (list, tuple)) and all(
+            isinstance(p, (list, tuple)) and len(p) == 2 for p in overrides
+        ):
+            overrides = {str(pattern): rate for pattern, rate in overrides}
         if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(n, str) for n in overrides)):
             raise TypeError(f"`overrides` of Exl3Config has to be a dict of patterns to rates, got {overrides!r}")
         for pattern, rate in (overrides or {}).items():
@@ -133,7 +137,7 @@ class Exl3Config(QuantizationConfigMixin):
                 raise ValueError(
                     f"`overrides` of Exl3Config has to be one of {rates} or 16 for {pattern!r}, got {rate!r}"
                 )
-        if overrides:
+        if overrides is not None:
             self.overrides = {pattern: self._written_number(rate) for pattern, rate in overrides.items()}
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
@@ -208,4 +212,8 @@ class Exl3Config(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         written = ("bits", "head_bits", "embedding_bits", "codebook", "modules_to_not_convert", "overrides")
         fields = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
+        if (
+            "overrides" in fields
+        ):  # as pairs: upstream sorts the keys of what it writes, and the last that matches counts
+            fields["overrides"] = [[pattern, rate] for pattern, rate in fields["overrides"].items()]
         return copy.deepcopy({"quant_method": "exl3", **fields, **self.converter_fields})

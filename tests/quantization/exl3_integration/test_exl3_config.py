@@ -141,16 +141,25 @@ class Exl3ConfigTest(unittest.TestCase):
 
     def test_what_is_asked_for_comes_back(self):
         given = {"bits": 2.5, "head_bits": 6, "codebook": "mcg", "modules_to_not_convert": ["lm_head", "layers.0"]}
-        given |= {"overrides": {"*.down_proj": 4, "model.layers.0.*": 16}, "embedding_bits": 8}
+        given |= {"overrides": {"model.layers.0.*": 16, "*.down_proj": 4}, "embedding_bits": 8}
         config = Exl3Config(**given, dequantize=True)
-        self.assertEqual(config.to_dict(), {"quant_method": "exl3", **given})
+        pairs = [["model.layers.0.*", 16], ["*.down_proj", 4]]
+        self.assertEqual(config.to_dict(), {"quant_method": "exl3", **given, "overrides": pairs})
         self.assertEqual(Exl3Config.from_dict(config.to_dict()).to_dict(), config.to_dict())
+
+    def test_the_order_of_overrides_comes_back_from_files(self):
+        rates = {"*.self_attn.*": 6, "*.*.q_proj": 4}  # the last that matches counts
+        config = AutoConfig.for_model("llama", quantization_config=Exl3Config(overrides=rates))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            read = Exl3Config.from_dict(AutoConfig.from_pretrained(folder).quantization_config)
+        self.assertEqual([*read.overrides.items()], [*rates.items()])
 
     def test_numbers_of_any_kind_are_written(self):
         numbers = {"bits": np.float32(3.5), "head_bits": np.int64(6), "embedding_bits": 5.0}
         config = Exl3Config(**numbers, overrides={"*": np.int64(4)})
         written = json.loads(json.dumps(config.to_dict()))
-        expected = {"bits": 3.5, "head_bits": 6, "embedding_bits": 5, "overrides": {"*": 4}}
+        expected = {"bits": 3.5, "head_bits": 6, "embedding_bits": 5, "overrides": [["*", 4]]}
         self.assertEqual({name: written[name] for name in expected}, expected)
         self.assertIs(type(config.embedding_bits), int)
 
@@ -218,7 +227,7 @@ class Exl3ConfigTest(unittest.TestCase):
             ("modules_to_not_convert", "lm_head", TypeError, "a list of names, got 'lm_head'"),
             ("modules_to_not_convert", [1], TypeError, r"a list of names, got \[1\]"),
             ("modules_to_not_convert", 1, TypeError, "a list of names, got 1"),
-            ("overrides", [("a", 4)], TypeError, r"a dict of patterns to rates, got \[\('a', 4\)\]"),
+            ("overrides", ["a"], TypeError, r"a dict of patterns to rates, got \['a'\]"),
             ("overrides", {4: 4}, TypeError, "a dict of patterns to rates, got {4: 4}"),
             ("overrides", {"a": 4.5}, ValueError, "one of .* or 16 for 'a', got 4.5"),
             ("overrides", {"a": "4"}, ValueError, "one of .* or 16 for 'a', got '4'"),

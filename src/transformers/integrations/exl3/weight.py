@@ -58,8 +58,9 @@ class DequantizedWeight(torch.Tensor):
     @property
     def values(self) -> torch.Tensor:
         """The weight as a plain tensor."""
+        decode = self._decode  # another thread may be done meanwhile
         if self._values is None:
-            self._values, self._decode = self._decode(), None
+            self._values, self._decode = decode(), None
         return self._values
 
     @classmethod
