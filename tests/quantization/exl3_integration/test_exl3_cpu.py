@@ -564,7 +564,7 @@ class Exl3GroupedLinearTest(unittest.TestCase):
             fewer = [tensor[:1] if i == index else tensor for i, tensor in enumerate(stacks[:4])]
             with self.assertRaisesRegex(ValueError, r"ranges, trellis, suh, svh and bias of .* are of no stack"):
                 grouped.grouped_linear(torch.randn(3, 200), ranges, *fewer, stacks[4], 130)
-        for wrong in ([0, 2], [[0, 2]], [[0.0, 1.0], [1.0, 2.0]]):
+        for wrong in ([0, 2], [[0, 2]], [[0.0, 1.0], [1.0, 2.0]], [[0j, 1], [1, 2]]):
             with self.assertRaisesRegex(ValueError, "are of no stack"):
                 grouped.grouped_linear(torch.randn(3, 200), torch.tensor(wrong), *stacks, 130)
 

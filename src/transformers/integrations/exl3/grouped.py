@@ -33,7 +33,13 @@ from .kernels.triton import gpu
 def _check_stack(x, ranges, trellis, suh, svh, bias, out_features, is_transposed=False):
     """Raise `ValueError` where `x` cannot be multiplied by stacked quantized weights to `out_features`."""
     counts = [tensor.shape[0] for tensor in (ranges, trellis, suh, svh, bias) if tensor is not None and tensor.dim()]
-    if len(set(counts)) > 1 or trellis.dim() != 4 or ranges.shape[1:] != (2,) or ranges.is_floating_point():
+    if (
+        len(set(counts)) > 1
+        or trellis.dim() != 4
+        or ranges.shape[1:] != (2,)
+        or ranges.dtype.is_floating_point
+        or ranges.is_complex()
+    ):
         shapes = [None if tensor is None else [*tensor.shape] for tensor in (ranges, trellis, suh, svh, bias)]
         raise ValueError(
             f"EXL3 grouped linear: ranges, trellis, suh, svh and bias of {shapes} are of no stack of weights"
