@@ -387,6 +387,13 @@ class Exl3CalibrationTest(unittest.TestCase):
             _, info = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, output_loading_info=True)
         self.assertEqual(info["missing_keys"], set())
 
+    def test_the_mode_for_inference_makes_no_difference(self):
+        with tempfile.TemporaryDirectory() as folder:
+            expected = self.quantized("llama", folder)[0].state_dict()
+            with torch.inference_mode():
+                found = self.quantized("llama", folder)[0].state_dict()
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
     def test_activations_that_are_not_finite_are_named(self):
         with tempfile.TemporaryDirectory() as folder:
             model, auto_class = tiny_model("llama")

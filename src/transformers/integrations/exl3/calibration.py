@@ -172,8 +172,9 @@ class _Pass:
     def _quantize_linear(self, path: str, module: Exl3Module, x: torch.Tensor) -> int:
         """Returns how many of the first dimension of `x` are of the quantized stream."""
         count = self._count(x)
-        if x is not self._input or x._version != self._version:
-            self._input, self._version = x, x._version
+        version = None if x.is_inference() else x._version  # of inference tensors it is not known whether they changed
+        if version is None or x is not self._input or version != self._version:
+            self._input, self._version = x, version
             self._moments = moments(path, *(rows.reshape(-1, x.shape[-1]) for rows in (x[:count], x[count:])))
         quantize_in_place(self.model, path, self.progress, lambda layer: self._moments)
         return count
