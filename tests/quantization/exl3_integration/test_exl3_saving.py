@@ -29,6 +29,7 @@ import torch
 from parameterized import parameterized
 
 from transformers import Exl3Config, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import saving
 from transformers.testing_utils import CaptureLogger, require_accelerate, require_torch
 from transformers.utils import logging
@@ -141,6 +142,13 @@ class Exl3SavingTest(unittest.TestCase):
         self.assertEqual(inspect.signature(found), inspect.signature(expected))
         self.assertEqual((found.__name__, found.__doc__), (expected.__name__, expected.__doc__))
         self.assertIn("push_to_hub", pydoc.render_doc(found))
+
+    def test_how_a_model_is_distributed_is_told_after_it_is_saved(self):
+        model = self.load()
+        model.config.distributed_config = asked = DistributedConfig(tp_size=1)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+        self.assertIs(model.config.distributed_config, asked)
 
     def test_no_folder_for_unfinished_files_is_logged(self):
         model, root = self.load(), python_logging.getLogger("transformers")
