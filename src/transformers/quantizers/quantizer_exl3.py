@@ -280,11 +280,12 @@ class Exl3HfQuantizer(HfQuantizer):
 
         return calibrate_at
 
-    def _dequantize(self, model, dtype=None):
+    def dequantize(self, model, dtype=None):
         from ..integrations.exl3.quantizing import dequantize_modules
 
-        # Saving leaves the config's dtype as a string.
-        dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        # By default upstream takes the dtype out of the config, which `model.to(dtype)` leaves as it was.
+        dequantize_modules(model, dtype)
+        self.remove_quantization_config(model)
         return model
 
     def is_serializable(self) -> bool:

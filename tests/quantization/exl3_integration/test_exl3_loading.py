@@ -374,6 +374,17 @@ class Exl3LoadingTest(unittest.TestCase):
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).dequantize()
             torch.testing.assert_close(loaded.model.layers[0].self_attn.qkv_proj.weight, weight, rtol=0, atol=0)
 
+    @parameterized.expand(["llama", "mixtral"])
+    def test_a_model_that_was_cast_is_dequantized_to_that_dtype(self, name):
+        checkpoint = SyntheticCheckpoint(tiny_model(name)[0])
+        checkpoint.quantize_all()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(torch.float32)
+        plain = model.dequantize()
+        self.assertEqual({parameter.dtype for parameter in plain.parameters()}, {torch.float32})
+        plain(torch.tensor([[1, 2, 3]]))
+
     @parameterized.expand([(torch.bfloat16, 3e-2), (torch.float16, 4e-3), (torch.float64, 1e-6)])
     def test_other_dtypes_keep_the_scales(self, dtype, tolerance):
         checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])

@@ -73,6 +73,7 @@ class Exl3Embedding(Exl3Module):
             self.signs = nn.Parameter(self.signs.detach().to(self.plain_dtype), requires_grad=False)
 
     def _apply(self, fn, recurse=True):
+        self._cast_plain(fn)
         return nn.Module._apply(self, fn, recurse)  # casts what is floating, the signs alone
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -149,6 +150,7 @@ class Exl3TiedHead(Exl3Module, nn.Linear):
         return self.weight.device
 
     def _apply(self, fn, recurse=True):
+        self._cast_plain(fn)
         return nn.Module._apply(self, fn, recurse)  # a weight like that of other plain layers
 
     def dequantized(self, leaf: str) -> torch.Tensor:

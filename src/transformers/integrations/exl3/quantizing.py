@@ -331,7 +331,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
 
     Args:
         model (`nn.Module`): The model, changed in place.
-        dtype (`torch.dtype`, *optional*): Of the weights, by default what the model was loaded in.
+        dtype (`torch.dtype`, *optional*): Of the weights, by default what the model is in.
 
     Raises:
         `ValueError`: Where weights are offloaded, or divided among processes.
