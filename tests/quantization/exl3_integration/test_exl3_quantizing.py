@@ -482,6 +482,11 @@ class Exl3QuantizingTest(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "no argument `bit`.*`bits`"):
             self.quantize("llama", {"quant_method": "exl3", "bit": 3})
 
+    def test_a_dict_without_a_codebook_means_the_default(self):
+        config = {"quant_method": "exl3", "bits": 1, "modules_to_not_convert": ["mlp"]}
+        quantized, _ = self.quantize("llama_tied", config)
+        self.assertEqual(quantized.model.layers[0].self_attn.q_proj.codebook, "mul1")
+
     def test_names_of_modules_that_stay_anyway_are_none(self):
         quantized, _ = self.quantize("llama", Exl3Config(bits=1, modules_to_not_convert=["lm_head", "embed_tokens"]))
         self.assertIs(type(quantized.lm_head), nn.Linear)
