@@ -328,6 +328,9 @@ class Exl3ConvertedTest(unittest.TestCase):
         checkpoint.quantize(name, parts={f"{parent}.{part}_proj": 128 for part in "qkv"})
         checkpoint.tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in plain.items()}
         self.assert_loads(checkpoint, tiny_inputs("qwen2_5_vl"), auto)
+        checkpoint.save(self.folder, checkpoint.tensors)
+        _, info = auto.from_pretrained(self.folder, output_loading_info=True)
+        self.assertEqual(info["unexpected_keys"], set())
 
     def test_parts_without_the_bias_of_their_projection_are_an_error(self):
         model, auto = tiny_model("qwen2_5_vl")
