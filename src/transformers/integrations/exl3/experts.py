@@ -304,8 +304,8 @@ class Exl3Experts(Exl3Module):
         routing. None where there are more tokens, or something is to see operators or modules.
         """
         if (
-            hidden_states.shape[0] != 1
-            or not ops.is_direct(hidden_states, None)
+            not ops.is_direct(hidden_states, None)
+            or hidden_states.shape[0] != 1
             or len(self._modules) > len(self.roles)
         ):
             return None

@@ -251,8 +251,8 @@ class DirectLinear:
 
     def __call__(self, x, trellis, suh, svh, bias, codebook, in_features, out_features) -> torch.Tensor | None:
         """Arguments as of `linear`. None where that is to be called instead."""
-        is_fit = x.dim() > 0 and x.shape[-1] == in_features and x.numel() <= FEW_ROWS * in_features
-        if not is_fit or not is_direct(x, bias):
+        # First whether a compiler reads this: what it compares of shapes it would compile anew for.
+        if not is_direct(x, bias) or x.dim() == 0 or x.shape[-1] != in_features or x.numel() > FEW_ROWS * in_features:
             return None
         tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
         key = identity(tensors)
