@@ -66,9 +66,8 @@ def row_order(path: str, rows: int, converters: list[WeightConverter], config) -
         if len(entry.source_patterns) > 1 or any(type(op) not in (Chunk, PermuteForRope) for op in entry.operations):
             return None
         patterns = {"source_patterns": entry.source_patterns, "target_patterns": entry.target_patterns}
-        numbers = torch.arange(rows * len(entry.target_patterns), device="cpu")[
-            :, None
-        ]  # and not where the model is made
+        # On the CPU, and not where the model is made.
+        numbers = torch.arange(rows * len(entry.target_patterns), device="cpu")[:, None]
         found = {entry.source_patterns[0]: numbers}
         for operation in entry.operations:
             found = operation.convert(found, **patterns, config=config)
