@@ -126,10 +126,9 @@ class Exl3Config(QuantizationConfigMixin):
         if self.effort not in ("default", "fast"):
             raise ValueError(f"`effort` of Exl3Config has to be `default` or `fast`, got {self.effort!r}")
         overrides = self.overrides
-        if isinstance(overrides, (list, tuple)) and all(
-            isinstance(p, (list, tuple)) and len(p) == 2 for p in overrides
-        ):
-            overrides = {str(pattern): rate for pattern, rate in overrides}
+        is_pairs = isinstance(overrides, (list, tuple)) and all(isinstance(p, (list, tuple)) for p in overrides)
+        if is_pairs and all(len(pair) == 2 and isinstance(pair[0], str) for pair in overrides):  # as they are written
+            overrides = dict(overrides)
         if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(n, str) for n in overrides)):
             raise TypeError(f"`overrides` of Exl3Config has to be a dict of patterns to rates, got {overrides!r}")
         for pattern, rate in (overrides or {}).items():

@@ -229,6 +229,7 @@ class Exl3ConfigTest(unittest.TestCase):
             ("modules_to_not_convert", 1, TypeError, "a list of names, got 1"),
             ("overrides", ["a"], TypeError, r"a dict of patterns to rates, got \['a'\]"),
             ("overrides", {4: 4}, TypeError, "a dict of patterns to rates, got {4: 4}"),
+            ("overrides", [[4, 4]], TypeError, r"a dict of patterns to rates, got \[\[4, 4\]\]"),
             ("overrides", {"a": 4.5}, ValueError, "one of .* or 16 for 'a', got 4.5"),
             ("overrides", {"a": "4"}, ValueError, "one of .* or 16 for 'a', got '4'"),
             ("overrides", {"a": True}, ValueError, "one of .* or 16 for 'a', got True"),

@@ -262,10 +262,20 @@ class Exl3ModulesTest(unittest.TestCase):
         x, index, weights = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.rand(1, 2)
         expected = module(x, index, weights)
         seen = []
-        handle = module.stacked_down.get_submodule("0").register_forward_hook(lambda *_: seen.append("hook"))
-        torch.testing.assert_close(module(x, index, weights), expected, rtol=0, atol=0)
-        handle.remove()
-        self.assertEqual(seen, ["hook"])
+        stack = module.stacked_down.get_submodule("0")
+        everywhere = lambda hook: nn.modules.module.register_module_forward_hook(  # noqa: E731
+            lambda called, *_: hook() if called in (module.stacked_up, stack) else None
+        )
+        for register, times in (
+            (stack.register_forward_hook, 1),
+            (module.stacked_up.register_forward_pre_hook, 1),
+            (everywhere, 2),
+        ):
+            handle = register(lambda *_: seen.append("hook"))
+            torch.testing.assert_close(module(x, index, weights), expected, rtol=0, atol=0)
+            handle.remove()
+            self.assertEqual(seen, ["hook"] * times)
+            seen.clear()
         y = module(x.requires_grad_(), index, weights)
         y.sum().backward()
         self.assertTrue(x.grad.abs().sum() > 0)

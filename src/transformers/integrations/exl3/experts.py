@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from . import format, grouped, ops
-from .modules import Exl3Linear, Exl3Module
+from .modules import Exl3Linear, Exl3Module, is_unhooked
 
 
 class Exl3StackedLinear(Exl3Module):
@@ -73,13 +73,7 @@ class Exl3StackedLinear(Exl3Module):
     def weights(self, entries: list[int]) -> list:
         """What `grouped.multiply_rows` takes for `entries`, None for one that it does not take."""
         own = self._parameters
-        if (
-            "suh" not in own
-            or "svh" not in own
-            or self._forward_hooks
-            or self._forward_pre_hooks
-            or "forward" in vars(self)
-        ):
+        if "suh" not in own or "svh" not in own or not is_unhooked(self):
             return [None] * len(entries)
         tensors = own["trellis"], own["suh"], own["svh"], own["bias"]
         return self._directly(entries, *tensors, self.codebook, self.in_features, self.out_features)
@@ -303,13 +297,8 @@ class Exl3Experts(Exl3Module):
         The outputs `[k, hidden]` of the experts of one token on a CPU, in the order of `top_k_index`: rows times weights, without
         routing. None where there are more tokens, or something is to see operators or modules.
         """
-        if (
-            not ops.is_direct(hidden_states, None)
-            or hidden_states.shape[0] != 1
-            or len(self._modules) > len(self.roles)
-        ):
-            return None
-        if not all(ops.is_direct(hidden_states, stack.bias) for _, stack in self.stacks()):
+        is_direct = ops.is_direct(hidden_states, *(stack.bias for _, stack in self.stacks()))
+        if not is_direct or hidden_states.shape[0] != 1 or len(self._modules) > len(self.roles):
             return None
         experts = top_k_index[0].tolist()
         weights = {role: self._weights_of(role, experts) for role in self.roles}
@@ -328,6 +317,8 @@ class Exl3Experts(Exl3Module):
         for stack, entry in places:
             entries[stack].append(entry)
         projection = self._modules[f"stacked_{role}"]
+        if not is_unhooked(projection):
+            return [None] * len(experts)
         found = {stack: iter(projection._modules[stack].weights(some)) for stack, some in entries.items()}
         return [next(found[stack]) for stack, _ in places]
 
@@ -348,10 +339,7 @@ class Exl3Experts(Exl3Module):
     def _has_adapters(self) -> bool:
         """Whether something has been put in the place of separated layers, or hooks on them."""
         return len(self._modules) > len(self.roles) and not all(
-            type(layer) is Exl3ExpertLinear
-            and "forward" not in vars(layer)
-            and not layer._forward_hooks
-            and not layer._forward_pre_hooks
+            type(layer) is Exl3ExpertLinear and is_unhooked(layer)
             for expert in self.children()
             if isinstance(expert, Exl3Expert)
             for layer in expert.children()

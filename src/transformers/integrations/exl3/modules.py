@@ -69,6 +69,12 @@ def _refuse_gradients(requires_grad: bool = True):
         )
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module` is no more than its class's `forward`: nothing is hooked to it, or stands in its place."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+    return not (is_hooked or "forward" in vars(module))
+
+
 def words(tensor: torch.Tensor) -> torch.Tensor:
     """A trellis as int16, whichever 16-bit type its file had. `torch.jit` does not know views of other dtypes: none without need."""
     return tensor if tensor.dtype is torch.int16 else tensor.view(torch.int16)

@@ -214,14 +214,17 @@ def is_watched() -> bool:
     )
 
 
-def is_direct(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether of a product of `x` on the CPU the result is all that is asked for: it may go without the dispatcher."""
+def is_direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """
+    Whether of a product of `x` on the CPU, to which `others` are added or by which it is weighted, the result is all that is asked
+    for: it may go without the dispatcher.
+    """
     return not (
         is_watched()
         or type(x) is not torch.Tensor
         or not x.is_cpu
         or x.dtype not in cpu.DTYPES
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
     )
 
 
@@ -247,7 +250,7 @@ class DirectLinear:
     """
 
     def __init__(self):
-        self._weight = self._key = None
+        self._found = None, None  # in one, so that each thread has the weight of the tensors that it asks for
 
     def __call__(self, x, trellis, suh, svh, bias, codebook, in_features, out_features) -> torch.Tensor | None:
         """Arguments as of `linear`. None where that is to be called instead."""
@@ -256,9 +259,11 @@ class DirectLinear:
             return None
         tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
         key = identity(tensors)
-        if key != self._key:
-            self._weight, self._key = packed(tensors, bias, codebook, in_features, out_features), key
-        return None if self._weight is None else self._weight.multiply(x if x.is_contiguous() else x.contiguous())
+        known, weight = self._found
+        if key != known:
+            weight = packed(tensors, bias, codebook, in_features, out_features)
+            self._found = key, weight
+        return None if weight is None else weight.multiply(x if x.is_contiguous() else x.contiguous())
 
 
 @linear.register_fake

@@ -11,13 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which linear layers of a model are not quantized on the fly: those that decide much with few weights."""
+"""Which linear layers of a model are not quantized on the fly: those that decide much with few weights, and those that files have otherwise."""
 
 import re
 
 from torch import nn
 
-from ...conversion_mapping import get_model_conversion_mapping
 from ...core_model_loading import WeightConverter
 from .architecture import is_linear, linear_sizes
 from .naming import changing_operations
@@ -30,7 +29,7 @@ CONTROLS = re.compile(r"(?:^|\.)(?:gate|router|\w*hyper_connection\w*|\w*patch_?
 READ_BY_MODELS = ("kv_b_proj", "dt_proj")
 
 
-def stays_plain(model: nn.Module, paths: dict[str, nn.Module]) -> set[str]:
+def stays_plain(model: nn.Module, paths: dict[str, nn.Module], converters: list[WeightConverter]) -> set[str]:
     """
     The linear layers of a model that stay as they are. The format's converters leave these, too.
 
@@ -44,13 +43,13 @@ def stays_plain(model: nn.Module, paths: dict[str, nn.Module]) -> set[str]:
     Args:
         model (`nn.Module`): The model, with a config.
         paths (`dict[str, nn.Module]`): Its modules.
+        converters (`list[WeightConverter]`): What upstream does to weights of its files.
 
     Returns:
         `set[str]`: Paths of linear layers.
     """
     layers = {path: linear_sizes(module) for path, module in paths.items() if is_linear(module)}
     heads = _most_heads(model.config.to_dict())
-    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
     narrow = _narrow_in_recurrences(layers, paths)
     return {
         path

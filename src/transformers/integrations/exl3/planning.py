@@ -76,7 +76,7 @@ class Plan:
         self._converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
         self._reversed = [converter.reverse_transform() for converter in self._converters]
         self._expert_names = self._names_of_projections()
-        sizes, head, left, plain = {}, self._head(), [], stays_plain(model, self._paths)
+        sizes, head, left, plain = {}, self._head(), [], stays_plain(model, self._paths, self._converters)
         own = config.modules_to_not_convert or []
         for path, module in self._paths.items():
             if path != head and not should_convert_module(path, skip):

@@ -92,23 +92,18 @@ ROWS = [
             like("backbone.layers.1.", "mtp.layers.1.", final_layernorm__weight=(128,)),
         ),
     ),
-    variant(
-        "Glm4MoeLiteForCausalLM",
-        "MTP",
-        config=sets(num_nextn_predict_layers=1),
-        adds=like("model.layers.1.", "model.layers.2.", **DEEPSEEK_MTP),
-    ),
-    variant(
-        "GlmMoeDsaForCausalLM",
-        "MTP",
-        config=sets(num_nextn_predict_layers=1),
-        adds=like("model.layers.1.", "model.layers.2.", **DEEPSEEK_MTP),
-    ),
-    variant(
-        "HYV3ForCausalLM",
-        "MTP",
-        config=sets(num_nextn_predict_layers=1),
-        adds=like("model.layers.1.", "model.layers.2.", **HY_MTP),
+    *(
+        variant(
+            name,
+            "MTP",
+            config=sets(num_nextn_predict_layers=1),
+            adds=like("model.layers.1.", "model.layers.2.", **tensors),
+        )
+        for name, tensors in (
+            ("Glm4MoeLiteForCausalLM", DEEPSEEK_MTP),
+            ("GlmMoeDsaForCausalLM", DEEPSEEK_MTP),
+            ("HYV3ForCausalLM", HY_MTP),
+        )
     ),
     *(
         variant(

@@ -63,7 +63,7 @@ constexpr int LINE = 64;          // bytes of a cache line and of the longest ve
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
 constexpr int NUM_LEVELS = 128;      // `search.LEVELS`: as many bytes as an instruction looks up
 constexpr int MAX_KEPT = 8;       // steps from a kept row of costs to the next, at most
-constexpr int MAX_CONE_BITS = 8;  // bits of a node that are open on the way back over these steps, at most
+constexpr int MAX_CONE_BITS = 8;  // bits of a node that are open in the traceback of these steps, at most
 
 using FloatBuffer = Buffer<float>;
 
@@ -326,11 +326,15 @@ EXPORT int32_t exl3_multiplies_bfloat16() {
 // whole tiles are multiplied by one instruction (AMX), a matrix product of bfloat16 numbers is.
 EXPORT int32_t exl3_multiplies_many_rows() {
 #if defined(EXL3_X86)
-  unsigned eax, ebx, ecx, edx = 0;
-  constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7, in edx
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & AMX_BF16) return 0;
+  static const bool multiplies_tiles = [] {  // asked once: virtual machines take microseconds to answer
+    unsigned eax, ebx, ecx, edx = 0;
+    constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7, in edx
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & AMX_BF16;
+  }();
+  if (multiplies_tiles) return 0;
 #endif
-  return isa() && isa()->many_rows;
+  const Isa* used = isa();
+  return used && used->many_rows;
 }
 
 // The parallel regions of the OpenMP library that torch computes on, null for none.

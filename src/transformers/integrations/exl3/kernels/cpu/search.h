@@ -20,7 +20,7 @@
 //
 //     cost'[node] = min over j of cost[state >> D] + (value[state] - weight)^2,  state = j << (16 - C) | node
 //
-// No back-pointers are written. Every few steps a row of costs is kept, and the way back computes again, from the last
+// No back-pointers are written. Every few steps a row of costs is kept, and the traceback computes again, from the last
 // kept row on, only the few nodes that lead to the node it stands on. What a cost is and how a step is computed stands in
 // search_fp32.h and search_words.h.
 
@@ -82,7 +82,7 @@ struct Search {
   }
 
   // From `node` after step `last - 1` back to the node before step `first`, a kept one. Writes the states between.
-  // `saturated` is set where the way back cannot be told.
+  // `saturated` is set where the traceback cannot be told.
   int back(const Value* weights, int tile, int first, int last, int node, int32_t* states, bool& saturated) const {
     Cost costs[1 << MAX_CONE_BITS], bests[MAX_KEPT][1 << MAX_CONE_BITS];
     uint8_t choices[MAX_KEPT][1 << MAX_CONE_BITS];
