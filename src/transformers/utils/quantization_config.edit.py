@@ -211,8 +211,7 @@ class Exl3Config(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         written = ("bits", "head_bits", "embedding_bits", "codebook", "modules_to_not_convert", "overrides")
         fields = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
-        if (
-            "overrides" in fields
-        ):  # as pairs: upstream sorts the keys of what it writes, and the last that matches counts
+        if "overrides" in fields:
+            # As pairs: upstream sorts the keys of what it writes, and the last that matches counts.
             fields["overrides"] = [[pattern, rate] for pattern, rate in fields["overrides"].items()]
         return copy.deepcopy({"quant_method": "exl3", **fields, **self.converter_fields})

@@ -128,14 +128,15 @@ class Exl3CompiledSearchTest(unittest.TestCase):
     def test_search_is_the_reference_on_every_instruction_set(self, bits, codebook):
         tiles = codable_tiles(2, bits, codebook)
         tiles[1, ::37] *= 5  # far outside the codebook: integer costs saturate, and fp32 ones take over
-        expected = {effort: search.search_reference(tiles, bits, codebook, effort) for effort in search.EFFORTS}
+        efforts = search.EFFORTS if codebook == "mul1" else ["default"]  # codebooks are different tables, no more
+        expected = {effort: search.search_reference(tiles, bits, codebook, effort) for effort in efforts}
         for isa in ISAS:
             with self.subTest(isa=isa), patch.dict(os.environ, EXL3_CPU_ISA=isa):
                 try:
                     cpu.isa()
                 except ValueError:
                     continue  # not of this machine
-                found = {effort: cpu.search(tiles, bits, codebook, effort) for effort in search.EFFORTS}
+                found = {effort: cpu.search(tiles, bits, codebook, effort) for effort in efforts}
                 torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     @parameterized.expand([(2, 1), (3, 2.5), (5, 4), (9, 6)])

@@ -104,7 +104,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[torch.float32])
 
     @parameterized.expand(
-        [(rows, dtype) for rows in (1, 2, 7, 8, 9, 17, 33) for dtype in TOLERANCE] + [(130, torch.bfloat16)],
+        [(rows, dtype) for rows in (1, 7, 8, 9) for dtype in TOLERANCE] + [(33, torch.float16), (130, torch.bfloat16)],
         name_func=lambda f, _, p: f"{f.__name__}_{p[0][0]}_{str(p[0][1])[6:]}",
     )
     def test_product_of_rows_with_padding(self, rows, dtype):
@@ -135,7 +135,8 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
     )
     def test_every_way_to_compile_the_product(self, operand_rows, order, dtype):
         layer = Layer(256, 128, 2.5, bias=True)
-        for rows in (1, operand_rows + 1):
+        # The order is of weights, whatever rows of activations there are.
+        for rows in (1, operand_rows + 1) if order == "natural" else (3,):
             x = layer.inputs(rows, dtype)
             with mock.patch.object(triton_linear, "choose_product", lambda *_: ProductOptions(operand_rows, 4, order)):
                 self.assertLess(relative_error(layer.linear(x), layer.exact(x)), TOLERANCE[dtype])
@@ -220,24 +221,24 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
 
     @parameterized.expand(all_codes())
     def test_experts_of_every_rate_and_codebook(self, bits, codebook):
-        self._check_experts([Layer(256, 128, bits, codebook, seed=seed) for seed in range(3)], [2, 0, 1])
+        self._check_experts([Layer(128, 128, bits, codebook, seed=seed) for seed in range(3)], [2, 0, 1])
 
     def test_experts_in_any_strides_and_some_of_them(self):
         """The stack may be a part of another one, in columns, and the rows of other experts may lie between those of its own."""
-        layers = [Layer(200, 300, 3, bias=True, seed=seed) for seed in range(5)]
+        layers = [Layer(100, 200, 3, bias=True, seed=seed) for seed in range(5)]
         trellis, *others = (torch.stack((tensor, tensor), 1)[:, 0] for tensor in stack_of(layers))
         trellis = trellis.transpose(1, 2).contiguous().transpose(1, 2)
         x, bounds = layers[0].inputs(16), torch.tensor([0, 1, 4, 4, 13, 15])
         for members in ([0, 1, 2, 3, 4], [1, 3], [2], [4], []):
             some = [tensor[members] for tensor in (trellis, *others)]
             some[0] = some[0].transpose(1, 2).contiguous().transpose(1, 2)
-            y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1)[members], *some, "mul1", 300)
-            exact = torch.zeros(16, 300, dtype=torch.float64)
+            y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1)[members], *some, "mul1", 200)
+            exact = torch.zeros(16, 200, dtype=torch.float64)
             for member in members:
                 rows = slice(bounds[member], bounds[member + 1])
                 exact[rows] = layers[member].exact(x[rows])
             self.assertLess((y - exact).norm(), 1e-6 * exact.norm() + 1e-30)
-        y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1), trellis, *others, "mul1", 300)
+        y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1), trellis, *others, "mul1", 200)
         self.assertLess(relative_error(y[1:4], layers[1].exact(x[1:4])), TOLERANCE[torch.float32])
 
     def _check_experts(self, layers, counts, dtype=torch.float32):
