@@ -22,7 +22,16 @@ import torch
 from parameterized import parameterized
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Exl3Config,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    XLNetConfig,
+    XLNetModel,
+)
 from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import calibration, encoder, encoding, feedback, ops, text
 from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module
@@ -30,7 +39,7 @@ from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
 from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
-from .tiny_models import MODELS, tiny_inputs, tiny_model
+from .tiny_models import ENCODER, MODELS, tiny_inputs, tiny_model
 
 
 ROWS, LENGTH = 8, 16
@@ -293,19 +302,45 @@ class Exl3CalibrationTest(unittest.TestCase):
     def test_moments_are_taken_anew_of_an_input_that_was_changed_in_place(self):
         ids, x, seen = torch.zeros(3, 5), torch.randn(6, 5, 128), []
         run = calibration._Pass(tiny_model("llama")[0], {}, None, ids)
+        run._sizes = {"layer": 1}
         with mock.patch.object(calibration, "quantize_in_place", lambda *args: seen.append(args[3](""))):
             for factor in (1, 1, 2):
                 self.assertEqual(run._quantize_linear("layer", None, x.mul_(factor) if factor > 1 else x), 3)
         self.assertIs(seen[0], seen[1])
         torch.testing.assert_close(seen[2].hessian, 4 * seen[0].hessian)
 
-    def test_inputs_that_are_of_no_batch_are_of_one_stream(self):
-        """Such as the table of relative positions, which layers of DeBERTa read."""
+    def test_streams_are_halves_of_what_grows_with_the_batch(self):
+        """No table of relative positions, which layers of DeBERTa read, whatever its size."""
         run = calibration._Pass(tiny_model("llama")[0], {}, None, torch.zeros(3, 5))
-        shapes = [(6, 5, 128), (30, 128), (1, 8, 128), (8, 128)]
-        self.assertEqual([run._count(torch.empty(shape)) for shape in shapes], [3, 15, 1, 8])
+        run._sizes = {"rows": 1, "tokens": 5, "table": 6}
+        shapes = {"rows": (6, 5, 128), "tokens": (30, 128), "table": (6, 128), "expert without a token": (6, 128)}
+        found = [run._count(path, torch.empty(shape)) for path, shape in shapes.items()]
+        self.assertEqual(found, [3, 15, 6, 6])
 
-    def test_one_pass_reads_the_text_up_to_the_head(self):
+    def test_a_batch_in_the_second_dimension_is_not_cut_along_the_sequence(self):
+        """As many tokens as there are rows in both streams: then the shapes alone do not tell."""
+        torch.manual_seed(0)
+        config = XLNetConfig(vocab_size=100, d_model=128, n_layer=2, n_head=4, d_inner=100, pad_token_id=0)
+        plain, seen, moments = XLNetModel(config), {}, calibration.moments
+        with tempfile.TemporaryDirectory() as folder:
+            plain.save_pretrained(folder)
+            with mock.patch.object(calibration, "moments", lambda *args: seen.setdefault(args[0], moments(*args))):
+                config = Exl3Config(bits=2, effort="fast", dataset=some_rows())
+                model = XLNetModel.from_pretrained(folder, quantization_config=config)
+        inputs = {}
+        for path in seen:
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda module, args, path=path: inputs.update({path: args[0].flatten(0, -2)})
+            )
+        with torch.no_grad():
+            model(torch.tensor(some_rows()))
+        self.assertEqual(seen.keys(), {f"layer.{name}" for name in ("0.ff.layer_1", "0.ff.layer_2", "1.ff.layer_1")})
+        for path, found in seen.items():
+            x = inputs[path]
+            torch.testing.assert_close(found.hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+    def test_the_text_is_read_once_up_to_the_head(self):
+        """After one window alone, which tells what is of the batch."""
         forward = LlamaForCausalLM.forward
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -313,9 +348,10 @@ class Exl3CalibrationTest(unittest.TestCase):
             mock.patch.object(calibration, "_stop", side_effect=calibration._HeadReached) as stop,
         ):
             self.quantized("llama", folder)
-        self.assertEqual((call.call_count, stop.call_count), (1, 1))
-        self.assertEqual(call.call_args.kwargs["use_cache"], False)
-        self.assertEqual(call.call_args.kwargs["input_ids"].tolist(), some_rows() * 2)
+        self.assertEqual((call.call_count, stop.call_count), (2, 2))
+        for args, expected in zip(call.call_args_list, (some_rows()[:1], some_rows() * 2)):
+            self.assertEqual(args.kwargs["use_cache"], False)
+            self.assertEqual(args.kwargs["input_ids"].tolist(), expected)
 
     def test_what_the_text_does_not_reach_is_quantized_without_data_and_counted(self):
         with tempfile.TemporaryDirectory() as folder, self.assertLogs(SHOWN, "WARNING") as logs:
@@ -460,6 +496,25 @@ class Exl3TextTest(unittest.TestCase):
         windows = self.windows(["w3 w4 w5", "", "w6 w7 w8 w9 w10 w11 w12"], tokenizer=word_tokenizer(before, after))
         self.assertEqual(windows.tolist(), expected)
 
+    def test_texts_are_as_special_tokens_make_them(self):
+        """Such as those of which the first word is another token after the beginning."""
+
+        def tokenizer(texts, return_special_tokens_mask):
+            ids = [
+                [1, *(50 + len(word) for word in some.split()[:1]), *map(len, some.split()[1:]), 2] for some in texts
+            ]
+            mask = [[1, *[0] * (len(some) - 2), 1] for some in ids]
+            return {"input_ids": ids, "special_tokens_mask": mask}
+
+        windows = self.windows(["", "one three", "eleven six"], tokenizer=tokenizer)
+        self.assertEqual(windows.tolist(), [[1, 53, 5, 56, 3, 2]])
+
+    def test_special_tokens_in_a_text_are_of_the_text(self):
+        tokenizer = word_tokenizer("[BOS]")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["w3", "w9"]})
+        windows = self.windows(["w3 w4 w9", "w9 w5"], tokenizer=tokenizer)
+        self.assertEqual(windows.tolist(), [[1, 3, 4, 9, 9, 5]])
+
     def test_the_tokenizer_of_the_model_is_found(self):
         with tempfile.TemporaryDirectory() as folder:
             model, _ = tiny_model("llama")
@@ -487,6 +542,16 @@ class Exl3TextTest(unittest.TestCase):
         for dataset in ([list(range(3, 16))], "self"):
             windows = text.windows_of(model, Exl3Config(dataset=dataset, calibration_rows=2, calibration_length=6))
             self.assertEqual(windows.shape, (2, 4))
+
+    def test_positions_that_begin_after_the_padding_token_are_fewer_than_rows_of_their_table(self):
+        roberta = RobertaModel(RobertaConfig(**ENCODER, max_position_embeddings=11)).eval()
+        self.assertEqual(roberta.embeddings.position_embeddings.padding_idx, 0)
+        for pad, length in ((0, 10), (4, 6)):
+            for module in (roberta.embeddings, roberta.embeddings.position_embeddings):
+                module.padding_idx = pad
+            windows = text.windows_of(roberta, Exl3Config(dataset=[list(range(5, 90))], calibration_length=16))
+            self.assertEqual(windows.shape[1], length)
+            roberta(windows)
 
     def test_text_goes_on_to_the_end_of_a_window(self):
         """Whatever ends a text: chat models have more tokens for that in their generation config than in their config."""

@@ -72,7 +72,7 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
     ids = windows_of(model, config)
     run = _Pass(model, modules, progress, ids)
     try:
-        run.forward(ids)
+        run.forward()
     finally:
         run.remove_hooks()
         for path, module in modules.items():
@@ -116,28 +116,51 @@ class _Pass:
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, Exl3Module], progress: Progress, ids: torch.Tensor):
-        self.model, self.progress, self.rows, self.tokens = model, progress, ids.shape[0], ids.numel()
+        self.model, self.modules, self.progress, self.ids = model, modules, progress, ids
+        self._sizes: dict[str, int] = {}  # by path, the first dimension of what a layer is given for one window
         self._input = self._version = self._moments = None  # the last layer's: several layers read the same tensor
-        head = model.get_output_embeddings()
         self._hooks, self.unrouted = [], 0
-        for path, module in modules.items():
-            plain = model.get_submodule(path)
-            if plain is head:
-                hook = self._stopping(path, module)
-                self._hooks.append(plain.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                self._hooks.append(plain.register_forward_hook(self._quantizing(path, module), with_kwargs=True))
-        if head is not None and not any(model.get_submodule(path) is head for path in modules):
-            self._hooks.append(head.register_forward_pre_hook(_stop))
 
     def remove_hooks(self):
         for hook in self._hooks:
             hook.remove()
 
+    def forward(self):
+        """Read the windows twice in one batch: the first half of it goes through the weights that are quantized on the way."""
+        head = self.model.get_output_embeddings()
+        plain = {path: self.model.get_submodule(path) for path in self.modules}
+        self._read_one_window(plain, head)
+        if head is not None and head not in plain.values():
+            self._hooks.append(head.register_forward_pre_hook(_stop))
+        for path, module in self.modules.items():
+            if plain[path] is head:
+                hook = self._stopping(path, module)
+                self._hooks.append(head.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._hooks.append(plain[path].register_forward_hook(self._quantizing(path, module), with_kwargs=True))
+        self._read(torch.cat((self.ids, self.ids)))
+
+    def _read_one_window(self, plain: dict[str, nn.Module], head: nn.Module | None):
+        """Learn from the float model how large what each layer is given is for a batch of one."""
+
+        def telling(path: str) -> Callable:
+            def hook(module, args, kwargs):
+                self._sizes.setdefault(path, _bound(module, args, kwargs)[0].shape[0])
+
+            return hook
+
+        hooks = [m.register_forward_pre_hook(telling(path), with_kwargs=True) for path, m in plain.items()]
+        if head is not None:
+            hooks.append(head.register_forward_pre_hook(_stop))
+        try:
+            self._read(self.ids[:1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @torch.no_grad()
-    def forward(self, ids: torch.Tensor):
-        """Read `ids` twice in one batch: the first half of it goes through the weights that are quantized on the way."""
-        ids = torch.cat((ids, ids)).to(next(self.model.get_input_embeddings().parameters()).device)
+    def _read(self, ids: torch.Tensor):
+        ids = ids.to(next(self.model.get_input_embeddings().parameters()).device)
         takes = inspect.signature(self.model.forward).parameters
         inputs = {"input_ids": ids}
         if self.model.config.is_encoder_decoder:
@@ -171,7 +194,7 @@ class _Pass:
 
     def _quantize_linear(self, path: str, module: Exl3Module, x: torch.Tensor) -> int:
         """Returns how many of the first dimension of `x` are of the quantized stream."""
-        count = self._count(x)
+        count = self._count(path, x)
         version = None if x.is_inference() else x._version  # of inference tensors it is not known whether they changed
         if version is None or x is not self._input or version != self._version:
             self._input, self._version = x, version
@@ -180,7 +203,7 @@ class _Pass:
         return count
 
     def _quantize_experts(self, path: str, module: Exl3Experts, x, index, weights) -> int:
-        count = self._count(x)
+        count = self._count(path, x)
         mixture = _Mixture(path, module, x[:count], x[count:], index[:count])
         into = [name for name in module.pending if not name.startswith("down_proj")]
         quantize_in_place(self.model, path, self.progress, mixture.into, into)
@@ -188,9 +211,12 @@ class _Pass:
         self.unrouted += mixture.unrouted
         return count
 
-    def _count(self, x: torch.Tensor) -> int:
-        """Half of the first dimension, the batch or all its tokens; all of it where it is neither, and the streams are mixed."""
-        return x.shape[0] // 2 if x.shape[0] in (2 * self.rows, 2 * self.tokens) else x.shape[0]
+    def _count(self, path: str, x: torch.Tensor) -> int:
+        """
+        Half of the first dimension where that grows with the batch; all of it where the streams are mixed: in tables of no batch,
+        and where the batch is another dimension.
+        """
+        return x.shape[0] // 2 if x.shape[0] == 2 * self.ids.shape[0] * self._sizes.get(path, 0) else x.shape[0]
 
 
 def _stop(*_):

@@ -39,9 +39,7 @@ def windows_of(model: nn.Module, config) -> torch.Tensor:
             f"{type(model).__name__} takes `{model.main_input_name}`, not text: quantize it without `dataset`."
         )
     text = model.config.get_text_config()
-    length = min(
-        config.calibration_length, getattr(text, "max_position_embeddings", None) or config.calibration_length
-    )
+    length = min(config.calibration_length, _longest(model) or config.calibration_length)
     if config.dataset == "self":
         return _written(model, config.calibration_rows, length, config.calibration_seed)
     if isinstance(config.dataset[0], str):
@@ -65,6 +63,15 @@ def windows_of(model: nn.Module, config) -> torch.Tensor:
     return windows
 
 
+def _longest(model: nn.Module) -> int | None:
+    """How many tokens `model` can read at once, None where that has no end."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Where positions are counted from the padding token's id on (RoBERTa), the table has fewer than it has rows.
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    first = [m.padding_idx + 1 for m in tables if m.num_embeddings == limit and m.padding_idx is not None]
+    return limit - max(first, default=0) if limit and limit > 0 else None  # XLNet has -1
+
+
 def _pieces(ids: list[int], length: int) -> list[list[int]]:
     """`ids` cut into pieces of `length`, without what is left over."""
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)] if length > 0 else []
@@ -86,11 +93,15 @@ def _tokenizer(model: nn.Module, tokenizer):
 
 def _tokenized(tokenizer, texts: list[str]) -> tuple[list[int], list[int], list[int]]:
     """What a window begins with, the tokens of all texts in a row, and what a window ends with."""
-    plain = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    first = next((ids for ids in plain if ids), [])
-    whole = tokenizer(texts[plain.index(first)])["input_ids"] if first else []
-    start = next((i for i in range(len(whole)) if whole[i : i + len(first)] == first), len(whole))
-    return whole[:start], [token for ids in plain for token in ids], whole[start + len(first) :]
+    encoded = tokenizer(texts, return_special_tokens_mask=True)
+    before, tokens, after = [], [], []
+    for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"]):
+        start = next((place for place, is_special in enumerate(mask) if not is_special), len(mask))
+        stop = next((place for place in range(len(mask), start, -1) if not mask[place - 1]), start)
+        if start < stop and not tokens:
+            before, after = ids[:start], ids[stop:]
+        tokens += ids[start:stop]
+    return before, tokens, after
 
 
 class _Bar(BaseStreamer):
