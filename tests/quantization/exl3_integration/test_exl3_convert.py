@@ -38,6 +38,7 @@ from transformers.integrations.exl3 import __main__ as command
 from transformers.integrations.exl3 import conversion, encoding, finished
 from transformers.integrations.exl3 import convert as converting
 from transformers.integrations.exl3.convert import convert
+from transformers.integrations.exl3.scratch import scratch
 from transformers.testing_utils import require_accelerate, require_torch, slow
 
 from .synthetic import read_tensors, save_quantized
@@ -282,9 +283,10 @@ class Exl3ConvertTest(unittest.TestCase):
 
     def test_a_size_of_files_that_is_none_is_an_error_at_once(self):
         small_model(self.source)
-        with counted() as done, self.assertRaisesRegex(ValueError, "'5XB' is no size of a file: Unit 'XB'"):
-            convert(self.source, self.output, small_config(), max_shard_size="5XB")
-        self.assertEqual(done, [])
+        for size, reason in (("5XB", "Unit 'XB'"), ("0GB", "give one"), ("-5GB", "give one"), (0, "give one")):
+            with counted() as done, self.assertRaisesRegex(ValueError, f"{size!r} is no size of a file: {reason}"):
+                convert(self.source, self.output, small_config(), max_shard_size=size)
+            self.assertEqual(done, [])
         self.assertFalse(os.path.exists(self.output))
 
     def test_another_process_may_remove_what_is_left_of_a_conversion(self):
@@ -298,6 +300,23 @@ class Exl3ConvertTest(unittest.TestCase):
             patcher.start()
             self.addCleanup(patcher.stop)
         self.assertEqual([*output.iterdir()], [])
+
+    def test_a_folder_that_another_process_has_just_filled_is_left_as_it_is(self):
+        """What is in it is looked at when nobody else writes to it, and not before."""
+        output = Path(self.output)
+
+        @contextlib.contextmanager
+        def scratch_when_another_is_done(folder, when_taken):
+            (output / "config.json").write_text("{}", encoding="utf-8")
+            with scratch(folder, when_taken):
+                yield
+
+        output.mkdir()
+        with patch.object(conversion, "scratch", scratch_when_another_is_done):
+            with self.assertRaisesRegex(FileExistsError, "is not empty"):
+                with conversion.Conversion(output, {}).running(resume=False):
+                    self.fail("it began")
+        self.assertEqual(os.listdir(output), ["config.json"])
 
     def test_a_device_is_not_for_quantizing_with_data(self):
         small_model(self.source)
@@ -381,7 +400,8 @@ class Exl3ConvertTest(unittest.TestCase):
     def test_the_room_that_is_needed_is_less_by_what_is_finished(self):
         layers, free = finished.LayerFiles(Path(self.folder)), shutil.disk_usage(self.folder)
         Path(self.folder, "a.safetensors").write_bytes(bytes(60))
-        Path(self.folder, f"b.safetensors{finished.PART}").write_bytes(bytes(30))  # a kill left it
+        for name in (f"b.safetensors{finished.PART}", ".tmpU0xK2p"):  # a kill left these, the last one of safetensors
+            Path(self.folder, name).write_bytes(bytes(30))
         with patch.object(finished, "_bytes_to_write", return_value=(100, 50)):
             for left, is_enough in ((90, True), (89, False)):
                 with patch.object(finished.shutil, "disk_usage", return_value=free._replace(free=left)):
@@ -396,6 +416,9 @@ class Exl3ConvertTest(unittest.TestCase):
             self.assertRaises(KeyboardInterrupt, convert, self.source, self.output, small_config(bits=2))
         self.assertFalse(os.path.exists(self.output))
         os.makedirs(os.path.join(self.output, conversion.UNFINISHED))  # of one that was killed then
+        with self.assertRaisesRegex(ValueError, "matches no layer"):
+            convert(self.source, self.output, small_config(overrides={"q_prj": 2}))
+        self.assertEqual(os.listdir(self.output), [])  # not the folder that was there
         convert(self.source, self.output, small_config())
 
     def test_the_room_on_the_disk_is_what_is_written(self):

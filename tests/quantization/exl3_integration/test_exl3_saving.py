@@ -20,22 +20,28 @@ import logging as python_logging
 import os
 import pickle
 import pydoc
+import shutil
 import tempfile
+import threading
 import unittest
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from parameterized import parameterized
 
-from transformers import Exl3Config, LlamaForCausalLM
+from transformers import AutoModel, Exl3Config, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import saving
+from transformers.integrations.exl3.modules import Exl3Module
+from transformers.integrations.exl3.scratch import scratch
 from transformers.testing_utils import CaptureLogger, require_accelerate, require_torch
 from transformers.utils import logging
 
 from .synthetic import read_tensors, save_quantized
-from .tiny_models import tiny_model
+from .tiny_models import tiny_inputs, tiny_model
 
 
 @require_torch
@@ -177,4 +183,61 @@ class Exl3SavingTest(unittest.TestCase):
     def test_a_part_without_quantized_weights_is_saved(self):
         with tempfile.TemporaryDirectory() as folder:
             self.load("qwen2_5_vl").model.visual.save_pretrained(folder)
+            self.assertTrue(read_tensors(folder))
+
+    @parameterized.expand(["llama", "mixtral", "phi3", "llama_tied"])
+    def test_what_was_dequantized_module_by_module_is_saved_as_it_is(self, name):
+        model, auto_class = tiny_model(name)
+        model.save_pretrained(self.folder)
+        config = Exl3Config(bits=1, effort="fast", embedding_bits=2 if name == "llama_tied" else None)
+        model = auto_class.from_pretrained(self.folder, quantization_config=config)
+        expected = model(**tiny_inputs(name)).logits
+        while paths := [path for path, module in model.named_modules() if isinstance(module, Exl3Module)]:
+            model.set_submodule(paths[0], model.get_submodule(paths[0]).dequantize())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = auto_class.from_pretrained(folder)
+        self.assertFalse(hasattr(again.config, "quantization_config"))
+        torch.testing.assert_close(again(**tiny_inputs(name)).logits, expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_plain_part_of_a_model_whose_config_it_shares_is_saved_as_a_plain_model(self):
+        model, auto_class = tiny_model("llama")
+        model.save_pretrained(self.folder)
+        config = Exl3Config(bits=1, effort="fast", head_bits=1, modules_to_not_convert=["layers"])
+        model = auto_class.from_pretrained(self.folder, quantization_config=config)
+        with tempfile.TemporaryDirectory() as folder:
+            model.model.save_pretrained(folder)
+            part = AutoModel.from_pretrained(folder)
+        torch.testing.assert_close(part.state_dict(), model.model.state_dict(), rtol=0, atol=0)
+        self.assertEqual(model.config.quantization_config.quant_method, "exl3")
+
+    def test_two_threads_that_save_to_a_folder_do_it_one_after_the_other(self):
+        models = [self.load(), self.load()]
+        with torch.no_grad():
+            for value, model in enumerate(models):
+                model.model.norm.weight.fill_(value)
+                model.model.embed_tokens.weight.fill_(value)
+        with tempfile.TemporaryDirectory() as folder:
+            for sizes in (("1GB", "60kB"), ("60kB", "60kB")):
+                with ThreadPoolExecutor(2) as pool:
+                    calls = [pool.submit(m.save_pretrained, folder, max_shard_size=s) for m, s in zip(models, sizes)]
+                    for done in calls:
+                        done.result()
+                tensors = read_tensors(folder)
+                values = [float(tensors[f"model.{name}.weight"].mean()) for name in ("norm", "embed_tokens")]
+                self.assertEqual(values[0], values[1])
+                self.assertEqual(tensors.keys(), read_tensors(self.folder).keys())
+                self.assertNotIn(saving.UNFINISHED, os.listdir(folder))
+
+    def test_a_folder_that_another_process_saves_to_is_waited_for(self):
+        model, begun = self.load(), threading.Event()
+        with tempfile.TemporaryDirectory() as folder:
+            with ThreadPoolExecutor(1) as pool, scratch(Path(folder, saving.UNFINISHED), self.fail):
+                with patch.object(saving.logger, "warning", side_effect=lambda *args: begun.set()) as warning:
+                    done = pool.submit(model.save_pretrained, folder)
+                    self.assertTrue(begun.wait(60))
+                    self.assertIn("is saving to", warning.call_args.args[0])
+                    self.assertNotIn("config.json", os.listdir(folder))
+                shutil.rmtree(os.path.join(folder, saving.UNFINISHED))
+            done.result()
             self.assertTrue(read_tensors(folder))

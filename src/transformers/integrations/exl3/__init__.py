@@ -33,6 +33,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | restoring, plain_layers                        | what files lack; which layers are not quantized on the fly             |
 | building                                       | modules of a checkpoint's tensors                                      |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
+| scratch                                        | a folder for files on their way, which one has at a time               |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
 | finished, text                                 | where quantized layers go, memory or files; the tokens that data are   |
 | quantizing                                     | a float model's tensors on their way                                   |

@@ -22,10 +22,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from ... import __version__
 from .finished import write_whole
+from .scratch import scratch
 
 
 UNFINISHED = ".unfinished-conversion"
@@ -46,6 +46,7 @@ class Conversion:
 
     def __init__(self, output: Path, settings: dict):
         self.output, self.folder, self.work = output, output / UNFINISHED, output / UNFINISHED / "work"
+        self._settings_file = self.folder / "settings.json"
         self.settings = json.loads(json.dumps(settings))
 
     @contextlib.contextmanager
@@ -62,8 +63,34 @@ class Conversion:
             `ValueError`: Where what there is was begun with other settings.
             `RuntimeError`: Where another process is at it.
         """
-        shutil.rmtree(self.output / DONE, ignore_errors=True)
-        if not self.folder.exists() and self.output.exists() and any(self.output.iterdir()):
+        is_new, done = not self.output.exists(), self.output / DONE
+
+        def refuse():
+            raise RuntimeError(f"Another process is converting to {self.output}: wait for it, or end it.")
+
+        with scratch(self.folder, refuse):
+            try:
+                shutil.rmtree(done, ignore_errors=True)
+                self._check_output(resume)
+                self._check_settings()
+                yield
+                os.replace(self.folder, done)
+            except BaseException:
+                if not self._has_work():  # what is mended next may be the settings
+                    shutil.rmtree(self.folder)
+                    with contextlib.suppress(OSError):  # has something in it
+                        if is_new:
+                            self.output.rmdir()
+                raise
+            with contextlib.suppress(FileNotFoundError):  # another process that begins removes it, too
+                shutil.rmtree(done)
+
+    def _has_work(self) -> bool:
+        """Whether something is there that took long."""
+        return any(path.is_file() for path in self.work.rglob("*"))
+
+    def _check_output(self, resume: bool):
+        if not self._settings_file.exists() and any(path != self.folder for path in self.output.iterdir()):
             raise FileExistsError(
                 f"{self.output} is not empty, and has no unfinished conversion to go on with: convert to another folder, or remove it."
             )
@@ -72,34 +99,10 @@ class Conversion:
                 f"{self.output} has an unfinished conversion in it: go on with it by --resume, convert to another folder, or remove "
                 f"{self.folder} to begin anew."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RuntimeError(f"Another process is converting to {self.output}: wait for it, or end it.") from None
-        try:
-            self._check_settings()
-            yield
-            os.replace(self.folder, self.output / DONE)
-        except BaseException:
-            if not self._has_work():  # what is mended next may be the settings
-                shutil.rmtree(self.folder)
-                with contextlib.suppress(OSError):  # has something in it
-                    self.output.rmdir()
-            raise
-        finally:
-            lock.release()
-        with contextlib.suppress(FileNotFoundError):  # another process that begins removes it, too
-            shutil.rmtree(self.output / DONE)
-
-    def _has_work(self) -> bool:
-        """Whether something is there that took long."""
-        return any(path.is_file() for path in self.work.rglob("*"))
 
     def _check_settings(self):
         """Have the settings written down, or be those that are."""
-        file = self.folder / "settings.json"
+        file = self._settings_file
         if not file.exists() or not self._has_work():
             text = json.dumps(self.settings, indent=2)
             write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))

@@ -113,10 +113,7 @@ def convert(
             f"with data the model reads text and is on one device, here on the CPU: leave {str(device)!r} out, or quantize by "
             "`from_pretrained` with `device_map` and `save_pretrained`."
         )
-    try:  # saving comes last, hours later
-        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ValueError(f"{max_shard_size!r} is no size of a file: {error}") from error
+    _check_size(max_shard_size)  # saving comes last, hours later
     folder = find_source(source, revision)
     weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
     before = _size(weights)
@@ -156,6 +153,17 @@ def _settings(config: Exl3Config) -> dict:
     if config.tokenizer is not None:
         settings["tokenizer"] = getattr(config.tokenizer, "name_or_path", config.tokenizer)
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _check_size(size: int | str):
+    """Raises `ValueError` where files of at most `size` hold nothing."""
+    two_bytes = {name: torch.empty(1, dtype=torch.uint8) for name in "ab"}
+    try:
+        is_less = split_torch_state_dict_into_shards(two_bytes, max_shard_size=size).is_sharded
+    except ValueError as error:
+        raise ValueError(f"{size!r} is no size of a file: {error}") from error
+    if is_less:
+        raise ValueError(f"{size!r} is no size of a file: give one like '5GB'")
 
 
 def _checked(device: torch.device) -> torch.device:

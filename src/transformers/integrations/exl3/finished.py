@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
+SUFFIX = ".safetensors"
 PART = ".part"  # ends the name of a file that is being written
 
 
@@ -76,9 +77,12 @@ class LayerFiles(Layers):
 
     def begin(self, model):
         """Raises `OSError` where the disk has no room for the layers and, beside them, for the checkpoint."""
-        for unfinished in self.folder.glob(f"*{PART}"):
-            unfinished.unlink()
-        there = sum(file.stat().st_size for file in self.folder.iterdir())
+        there = 0
+        for file in list(self.folder.iterdir()):
+            if file.suffix == SUFFIX:
+                there += file.stat().st_size
+            else:  # what a kill left: a part, or what safetensors writes before it has the name of one
+                file.unlink()
         layers, checkpoint = _bytes_to_write(model)
         needed, free = max(layers - there, 0) + checkpoint, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -100,7 +104,7 @@ class LayerFiles(Layers):
         return self._mapped(file)
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{quote(name, safe='')}.safetensors"
+        return self.folder / f"{quote(name, safe='')}{SUFFIX}"
 
     @staticmethod
     def _mapped(file: Path) -> dict[str, torch.Tensor]:

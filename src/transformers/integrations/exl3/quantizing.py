@@ -25,7 +25,7 @@ from ...distributed.utils import is_dtensor
 from . import encoder, finished, format, ops
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts, Exl3StackedLinear
-from .loading import Exl3Stored, own_part
+from .loading import own_part
 from .modules import Exl3Linear, Exl3Module, whole
 from .progress import Progress
 from .stacks import Exl3StackNames, Exl3Stacks
@@ -344,7 +344,5 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None):
         if is_divided or any(parameter.is_meta for parameter in module.parameters()):
             where = "divided among processes" if is_divided else "offloaded"
             raise ValueError(f"{path} is {where}: load the checkpoint with `Exl3Config(dequantize=True)` instead.")
-    conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [entry for entry in conversions if not isinstance(entry, Exl3Stored)]
     for path, module in outermost.items():
         put(model, path, module.dequantize(dtype))

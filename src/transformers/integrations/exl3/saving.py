@@ -25,16 +25,19 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from ...configuration_utils import PreTrainedConfig
 from ...modeling_utils import PreTrainedModel, _add_variant
 from ...utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from ...utils.quantization_config import QuantizationMethod
 from . import format
 from .checkpoint import read_checkpoint
 from .modules import Exl3Linear, Exl3Module
+from .scratch import scratch
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +95,8 @@ def _saving_exl3(save: Callable) -> Callable:
     @functools.wraps(save)
     def save_pretrained(self, *args, **kwargs):
         if not any(isinstance(module, Exl3Module) for module in self.modules()):
-            return save(self, *args, **kwargs)
+            with _config_of_floats(self):
+                return save(self, *args, **kwargs)
         if getattr(self, "hf_quantizer", None) is None:
             raise ValueError(
                 f"This {type(self).__name__} is a part of a quantized model, and saved alone it would be loaded without its quantized "
@@ -106,6 +110,27 @@ def _saving_exl3(save: Callable) -> Callable:
 PreTrainedModel.save_pretrained = _saving_exl3(PreTrainedModel.save_pretrained)
 
 
+@contextlib.contextmanager
+def _config_of_floats(model: PreTrainedModel):
+    """
+    Have the config of `model`, which has no quantized module, not say that it is quantized: where all its modules were dequantized
+    one by one, from here on, and where it is a part of a quantized model, meanwhile.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    if method != QuantizationMethod.EXL3:
+        yield
+    elif getattr(model, "hf_quantizer", None) is not None:
+        model.dequantize()
+        yield
+    else:
+        del model.config.quantization_config
+        try:
+            yield
+        finally:
+            model.config.quantization_config = config
+
+
 def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
     """`save(model, ...)`, with the map of tensors and in one step; see `_saving_exl3`."""
     call = inspect.signature(save).bind(model, *args, **kwargs)
@@ -116,28 +141,42 @@ def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
     folder, hub_arguments = arguments["save_directory"], arguments["kwargs"]
     push_to_hub, arguments["push_to_hub"] = arguments["push_to_hub"], False
     is_writer = model.should_save_on_this_rank(arguments["is_main_process"])
-    if is_writer:
-        arguments["save_directory"] = unfinished = os.path.join(folder, UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     asked = getattr(model.config, "distributed_config", None)
-    model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
-    try:
-        with _garbage_left_alone():
-            with _logging_paths(os.path.join(folder, UNFINISHED), os.fspath(folder)):
-                save(*call.args, **call.kwargs)
-            if is_writer:
-                if not getattr(model, "_hf_peft_config_loaded", False):
-                    _write_tensor_storage(model, unfinished)
-                    _write_names_of_fields(model.config, unfinished, model.hf_quantizer.published)
-                _move(unfinished, folder, arguments["variant"])
-    finally:
-        model.config.distributed_config = asked
-        if is_writer:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with _unfinished(folder) if is_writer else contextlib.nullcontext(folder) as arguments["save_directory"]:
+        model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
+        try:
+            with _garbage_left_alone():
+                with _logging_paths(arguments["save_directory"], os.fspath(folder)):
+                    save(*call.args, **call.kwargs)
+                if is_writer:
+                    unfinished = arguments["save_directory"]
+                    if not getattr(model, "_hf_peft_config_loaded", False):
+                        _write_tensor_storage(model, unfinished)
+                        _write_names_of_fields(model.config, unfinished, model.hf_quantizer.published)
+                    _move(unfinished, folder, arguments["variant"])
+        finally:
+            model.config.distributed_config = asked
     if is_writer and push_to_hub:
         hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
         model.push_to_hub(token=arguments["token"], **hub_arguments)
     model.barrier_after_gathered_checkpoint_save(asked)
+
+
+@contextlib.contextmanager
+def _unfinished(folder: str | os.PathLike) -> Iterator[str]:
+    """Yields a folder to write to what `folder` is to have, which nobody else writes to and which is gone afterwards."""
+
+    def tell():
+        logger.warning(f"Another process or thread is saving to {folder}: waiting for it.")
+
+    place = os.path.join(folder, UNFINISHED)
+    files = os.path.join(place, "files")
+    with scratch(Path(place), tell):
+        try:
+            shutil.rmtree(files, ignore_errors=True)  # of a process that was killed
+            yield files
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
