@@ -32,6 +32,8 @@ from parameterized import parameterized
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from transformers import (
     AutoModelForCausalLM,
@@ -369,6 +371,25 @@ class Exl3DistributedTest(unittest.TestCase):
             self.assertLess(float(error), 4 * torch.finfo(value.dtype).eps + 5e-5, key)
 
 
+# Those of torch's map `ncclDataType`, which the device that it is for is not needed to know; it has float8, too.
+NCCL_TYPES = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool}
+NCCL_TYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+class Sent(TorchDispatchMode):
+    """Notes the types of all tensors that are given to a backend in this context: sent, gathered and reduced."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            found = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+            self.types.setdefault(func._opname, set()).update(found)
+        return func(*args, **(kwargs or {}))
+
+
 @require_torch
 @require_accelerate
 class Exl3DataParallelTest(unittest.TestCase):
@@ -396,8 +417,14 @@ class Exl3DataParallelTest(unittest.TestCase):
         expected = model(**inputs).logits
         wrapper = torch.nn.Module()
         wrapper.own, wrapper.forward = torch.nn.ModuleList([model]), lambda **inputs: model(**inputs)
-        replica = DistributedDataParallel(wrapper)
-        torch.testing.assert_close(replica(**inputs).logits, expected, rtol=0, atol=0)
+        with Sent() as sent:
+            replica = DistributedDataParallel(wrapper)
+            logits = replica(**inputs).logits
+            logits.sum().backward()
+        self.assertIn(torch.uint8, sent.types["broadcast_"])
+        self.assertEqual(sent.types["allreduce_"], {torch.float32})
+        self.assertLessEqual(set().union(*sent.types.values()), NCCL_TYPES)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
         sent_again = [n for n, _ in replica.module.named_buffers() if n not in replica.parameters_to_ignore]
         plain = [n for n, m in wrapper.named_modules() for b in m._buffers if not isinstance(m, Exl3Module)]
@@ -410,6 +437,19 @@ class Exl3DataParallelTest(unittest.TestCase):
         self.assertEqual(replica.parameters_to_ignore, {"trellis", "suh", "svh", "mul1"})
         replica(torch.ones(2, 128)).sum().backward()
         self.assertEqual(layer.bias.grad.tolist(), [2] * 128)
+
+    def test_a_type_that_the_backend_here_takes_is_one_that_nccl_has(self):
+        """So that what two processes do in these tests, in any way, NCCL is not asked in vain for."""
+        taken = set()
+        for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+            if dtype.is_complex or str(dtype).startswith("torch.q"):
+                continue
+            try:
+                torch.distributed.broadcast(torch.empty(4, dtype=dtype), 0)
+            except (RuntimeError, NotImplementedError):
+                continue
+            taken.add(dtype)
+        self.assertEqual(taken, NCCL_TYPES)
 
     def test_float_models_are_as_ever(self):
         replica = DistributedDataParallel(torch.nn.Linear(3, 2))
