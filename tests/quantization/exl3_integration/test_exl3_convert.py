@@ -508,6 +508,8 @@ class Exl3ConvertTest(unittest.TestCase):
         ):
             with stopping_after(2):
                 self.assertRaises(KeyboardInterrupt, convert, file, self.output, small_config())
+            work = os.path.join(self.output, conversion.UNFINISHED, "work")
+            self.assertEqual({*os.listdir(work)}, {"float", "layers"})  # and no second copy
             code, out, errors = self.run_command(
                 *f"-i {file} -o {self.output} -b 1 --effort fast --skip mlp -r".split()
             )

@@ -31,6 +31,7 @@ from transformers import (
     core_model_loading,
 )
 from transformers.integrations.exl3 import format, ops
+from transformers.integrations.exl3.checkpoint import Exl3CheckpointError
 from transformers.integrations.exl3.embeddings import Exl3Embedding
 from transformers.integrations.exl3.experts import Exl3Experts
 from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module, Exl3SlicedLinear, Exl3SplitLinear
@@ -253,6 +254,33 @@ class Exl3LoadingTest(unittest.TestCase):
             checkpoint.quantize(f"{mlp}.{projection}", parts(mlp, sizes), bits=bits)
         self.assertEqual(count(self.check("llama", checkpoint), Exl3SlicedLinear), 3)
 
+    def test_slices_that_are_not_all_there_are_an_error(self):
+        config = copy.deepcopy(MODELS["llama"][1])
+        config.intermediate_size = 320
+        checkpoint = SyntheticCheckpoint(LlamaForCausalLM(config))
+        mlp = "model.layers.0.mlp"
+        checkpoint.quantize(f"{mlp}.up_proj", parts(mlp, {"up_proj.slice.0": 128, "up_proj.slice.2": 192}))
+        message = f"{mlp}.up_proj: of its slices the checkpoint has only {mlp}.up_proj.slice.0, {mlp}.up_proj.slice.2"
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            self.assertRaisesRegex(Exl3CheckpointError, message, LlamaForCausalLM.from_pretrained, folder)
+
+    @parameterized.expand([(100,), (128,), (99,), (110,), (127,)])
+    def test_a_bias_is_as_long_as_the_layer_or_as_its_codes(self, length):
+        config = copy.deepcopy(MODELS["llama"][1])
+        config.mlp_bias = True
+        checkpoint = SyntheticCheckpoint(LlamaForCausalLM(config))
+        name = "model.layers.0.mlp.up_proj"
+        checkpoint.quantize(name)
+        checkpoint.tensors[f"{name}.bias"] = torch.zeros(length, dtype=torch.float16)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            if length in (100, 128):
+                LlamaForCausalLM.from_pretrained(folder)
+                return
+            message = f"{name}.* has (a bias of )?{length} (elements )?for (100|128) output features"
+            self.assertRaisesRegex(Exl3CheckpointError, message, LlamaForCausalLM.from_pretrained, folder)
+
     def test_a_quantized_head_is_untied_whatever_the_config_says(self):
         checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
         checkpoint.quantize("lm_head", bits=6)
@@ -311,6 +339,25 @@ class Exl3LoadingTest(unittest.TestCase):
 
         loaded = self.check("gemma3_text", checkpoint, edit=edit)
         self.assertEqual(count(loaded, Exl3Embedding), 1)
+
+    @parameterized.expand(
+        [
+            ("rows", "model.embed_tokens", (101, 65), 1, "table of 101 x 256, the model's is 100 x 128"),
+            ("columns", "model.embed_tokens", (100, 130), 2, "table of 100 x 512, the model's is 100 x 128"),
+            ("kind", "model.norm", (100, 65), 1, "table, and the model has LlamaRMSNorm at"),
+        ]
+    )
+    def test_tables_that_are_none_of_the_model_are_an_error(self, _, name, shape, groups, message):
+        checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
+        del checkpoint.tensors[f"{name}.weight"]
+        checkpoint.tensors[f"{name}.trellis"] = torch.zeros(shape, dtype=torch.int16)
+        checkpoint.tensors[f"{name}.signs"] = torch.ones(groups, 256, dtype=torch.float16)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, checkpoint.tensors)
+            message = f"{name} is a quantized embedding {message}"
+            with self.assertRaisesRegex(Exl3CheckpointError, message) as caught:
+                LlamaForCausalLM.from_pretrained(folder)
+        self.assertNotRegex(str(caught.exception), "has neither|is not in")  # what is there, and does not fit
 
     def test_padding_of_what_is_not_quantized_is_cut_off(self):
         checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])

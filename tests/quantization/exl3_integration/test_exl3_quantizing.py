@@ -17,6 +17,7 @@ import copy
 import gc
 import json
 import os
+import shutil
 import tempfile
 import unittest
 import warnings
@@ -24,6 +25,7 @@ from unittest import mock
 
 import torch
 from parameterized import parameterized
+from safetensors.torch import save_file
 from torch import nn
 
 from transformers import (
@@ -616,6 +618,25 @@ class Exl3QuantizingTest(unittest.TestCase):
             with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
         self.assertIn("model.layers.0.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
+
+    @parameterized.expand(
+        [
+            ("llama", "model.layers.0.mlp.up_proj", (100, 120), (100, 128)),  # after padding they are alike
+            ("gpt2", "transformer.h.0.attn.c_attn", (100, 384), (128, 384)),
+            ("llama_tied", "model.embed_tokens", (90, 128), (100, 128)),
+        ]
+    )
+    def test_a_weight_of_another_shape_is_an_error(self, name, path, shape, expected):
+        folder, _, auto_class = self.source(name)
+        with tempfile.TemporaryDirectory() as other:
+            shutil.copytree(folder, other, dirs_exist_ok=True)
+            tensors = read_tensors(other) | {f"{path}.weight": torch.zeros(shape)}
+            save_file(tensors, os.path.join(other, "model.safetensors"), metadata={"format": "pt"})
+            config = Exl3Config(bits=1, embedding_bits=1 if "embed" in path else None)
+            with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
+                auto_class.from_pretrained(other, quantization_config=config)
+        message = f"{path}.weight has the shape {[*shape]}, the model's is {[*expected]}"
+        self.assertIn(message, "".join(logs.output))
 
     def test_nothing_is_quantized_after_the_first_error(self):
         folder, _, auto_class = self.source("llama")

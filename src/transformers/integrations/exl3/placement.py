@@ -110,6 +110,7 @@ class Placement:
         self.row_order: dict[str, torch.Tensor] = {}
         self.cut: dict[str, dict[str, range]] = {}
         self._problems: list[str] = []
+        self._unfit: set[str] = set()  # paths in the model of what the checkpoint has, and what does not fit
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -181,6 +182,7 @@ class Placement:
                     f"{name} is quantized, and its weight would become that of {path} through {', '.join(operations)}, which "
                     "codes cannot be put through"
                 )
+                self._unfit.add(path)
                 return
             self._add(path, [name], self._build.linear(name, *linear_sizes(plain), plain), "")
             return
@@ -246,6 +248,7 @@ class Placement:
                 continue
             tensors = self._build.tensors(name, sizes[0][0], ends[-1])
             if tensors is None or not all(self._build.have_biases(path, self._paths[path], [name]) for path in paths):
+                self._unfit.update(paths)
                 return True
             self.cut[name] = {path: range(end - out, end) for path, end, (_, out) in zip(paths, ends, sizes)}
             for path, (into, out) in zip(paths, sizes):
@@ -273,6 +276,8 @@ class Placement:
         return not name.startswith(prefix) and any(other.startswith(prefix) for other in names)
 
     def _add(self, path: str, names, module: Exl3Module | None, *layers: str):
+        if module is None:
+            self._unfit.add(path)
         if module is None or not self._put(path, names, module):
             return
         if isinstance(self._paths[path], nn.Linear) and not is_linear(self._paths[path]):
@@ -333,7 +338,7 @@ class Placement:
         required = {id(module) for module in base.modules()} | {id(head)}
         lacking = self.model._keys_to_ignore_on_load_missing or []
         for path, module in self._paths.items():
-            if id(module) not in required or path in self.modules:
+            if id(module) not in required or path in self.modules or path in self._unfit:
                 continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{path}.{leaf}" if path else leaf
