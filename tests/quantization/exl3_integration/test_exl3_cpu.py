@@ -533,6 +533,39 @@ class Exl3GroupedLinearTest(unittest.TestCase):
             y = grouped.grouped_linear(x, ranges[some], codes, *others, codebook, 130)
             torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
+    @parameterized.expand(["float32", "bfloat16"])
+    def test_several_stacks_read_rows_in_any_places(self, dtype):
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        ranges, (*tensors, codebook), _ = self.groups([2, 0, 5])
+        x, places = torch.randn(4, 200, dtype=getattr(torch, dtype)), torch.tensor([3, 0, 1, 1, 2, 0, 3])
+        y, halves = torch.zeros(7, 2, 130, dtype=x.dtype), (slice(0, 1), slice(1, 3))
+        products = [
+            (cpu.Stack(*(tensor[half] for tensor in tensors), codebook, 200, 130), ranges[half], y[:, index])
+            for half in halves
+            for index in range(2)
+        ]
+        cpu.grouped_linear(products, x, places)
+        expected = grouped.grouped_linear(x[places], ranges, *tensors, codebook, 130)
+        torch.testing.assert_close(y, expected[:, None].expand(7, 2, 130), rtol=0, atol=0)
+        wrong = [
+            (x, places + 1, ranges, "none of rows"),
+            (x, places - 1, ranges, "none of rows"),
+            (x, places.int(), ranges, "numbers of rows are int64"),
+            (x, places, ranges.int(), "numbers of rows are int64"),
+            (x, places[1:], ranges, "does not fit"),
+            (x[:, 1:], places, ranges, "does not fit"),
+            (x.half(), places, ranges, "does not fit"),
+            (x, places, ranges[1:], "does not fit"),
+            (x, places, ranges + 1, "none of rows"),
+        ]
+        stack = cpu.Stack(*tensors, codebook, 200, 130)
+        for rows, numbers, groups, message in wrong:
+            with self.assertRaisesRegex(ValueError, message):
+                cpu.grouped_linear([(stack, groups, y[:, 0])], rows, numbers)
+        with self.assertRaisesRegex(ValueError, "no stacks of one size"):
+            cpu.Stack(tensors[0][:2], *tensors[1:], codebook, 200, 130)
+
     def test_gradients(self):
         ranges, stacks, weights = self.groups([2, 0, 60])
         bias = stacks[3].float().requires_grad_()

@@ -202,48 +202,58 @@ class Exl3ModulesTest(unittest.TestCase):
     @parameterized.expand(
         [(name, dtype) for name in ("mixtral", "gpt_oss", "nemotron_h") for dtype in ("float32", "bfloat16")]
     )
-    def test_experts_of_one_token_take_two_calls_of_the_kernel(self, name, dtype):
-        """To the same bytes as with routing, with several kinds of stacks, and with tensors that were replaced."""
+    def test_experts_take_two_calls_of_the_kernel(self, name, dtype):
+        """To the same bytes as the operators, with several kinds of stacks, and with tensors that were replaced."""
         if not cpu.is_available():
             self.skipTest("the compiled kernels are missing")
         own, module = self.experts(name, other_bits=2)
-        x, weights = torch.randn(1, 128, dtype=getattr(torch, dtype)), torch.rand(1, 3)
-        last = own.num_experts - 1
-        for index in ([last, 0, 1], [1, 0, 1], [0, last, own.num_experts]):
-            index = torch.tensor([index])
-            with patch.object(Exl3Experts, "_of_one_token", lambda *_: None):
-                expected = module(x, index, weights)
+        x, weights = torch.randn(20, 128, dtype=getattr(torch, dtype)), torch.rand(20, 3)
+        by_operators = patch.object(Exl3Experts, "_directly", lambda *_: None)
+        for tokens in (1, 2, 20):
+            index = torch.stack([torch.randperm(own.num_experts + 1)[:3] for _ in range(tokens)])
+            inputs = x[:tokens], index, weights[:tokens]
+            with by_operators:
+                expected = module(*inputs)
             with patch.object(cpu, "_call", wraps=cpu._call) as call:
-                torch.testing.assert_close(module(x, index, weights), expected, rtol=0, atol=0)
+                torch.testing.assert_close(module(*inputs), expected, rtol=0, atol=0)
             names = [arguments[0] for arguments, _ in call.call_args_list]
-            if own.num_experts not in index:
-                self.assertEqual(names, ["exl3_linear"] * 2)
+            self.assertEqual(names, ["exl3_grouped_linear"] * 2)
         module.stacked_up.get_submodule("0").trellis.data = module.stacked_up.get_submodule("0").trellis.data.flip(0)
-        changed = module(x, index[:, :1], weights[:, :1])
-        with patch.object(Exl3Experts, "_of_one_token", lambda *_: None):
-            torch.testing.assert_close(changed, module(x, index[:, :1], weights[:, :1]), rtol=0, atol=0)
-        copied = copy.deepcopy(module)
-        torch.testing.assert_close(copied(x, index[:, :1], weights[:, :1]), changed, rtol=0, atol=0)
+        changed = module(*inputs)
+        self.assertGreater(error(changed, expected), 1e-3)
+        with by_operators:
+            torch.testing.assert_close(changed, module(*inputs), rtol=0, atol=0)
+        torch.testing.assert_close(copy.deepcopy(module)(*inputs), changed, rtol=0, atol=0)
+
+    def test_experts_with_more_rows_than_the_kernel_is_fast_for(self):
+        """Those in fp32 go through matrix products of decoded weights."""
+        own, module = self.experts("mixtral")
+        tokens = ops.FEW_ROWS + 2
+        x, index, weights = torch.randn(tokens, 128), torch.zeros(tokens, 1, dtype=torch.long), torch.ones(tokens, 1)
+        with patch.object(ops, "multiply_in_strips", wraps=ops.multiply_in_strips) as products:
+            y = module(x, index, weights)
+        self.assertEqual(products.call_count, 3)
+        self.assertLess(error(y[:5], module(x[:5], index[:5], weights[:5])), 1e-5)
 
     def test_each_thread_is_given_the_weights_of_its_own_tensors(self):
-        """Another thread's turn comes while the second of two is packed."""
+        """Another thread's turn comes while a stack is packed."""
         if not cpu.is_available():
             self.skipTest("the compiled kernels are missing")
         stack = self.experts("mixtral")[1].stacked_up.get_submodule("0")
         own = [stack.trellis, stack.suh, stack.svh]
         others, sizes = [tensor.detach().clone() for tensor in own], (stack.in_features, stack.out_features)
-        expected = grouped.DirectStack()([0, 1], *own, None, stack.codebook, *sizes)
-        direct, pack, calls = grouped.DirectStack(), ops.packed, []
+        packed, other = grouped.PackedStack(), []
 
-        def pack_and_switch(*args):
-            calls.append(0)
-            if len(calls) == 2:
-                direct([0], *others, None, stack.codebook, *sizes)
-            return pack(*args)
+        def switch(*args):
+            if not other:
+                other.append(None)
+                other[0] = packed(*others, None, stack.codebook, *sizes)
+            return cpu.Stack(*args)
 
-        with patch.object(ops, "packed", pack_and_switch):
-            found = direct([0, 1], *own, None, stack.codebook, *sizes)
-        self.assertEqual([weight._constant for weight in found], [weight._constant for weight in expected])
+        with patch.object(grouped.PackedStack, "kind", staticmethod(switch)):
+            found = packed(*own, None, stack.codebook, *sizes)
+        for tensors, stacks in ((own, found), (others, other[0])):
+            self.assertEqual(stacks._constant, cpu.Stack(*tensors, None, stack.codebook, *sizes)._constant)
 
     @parameterized.expand(["float32", "bfloat16"])
     def test_outputs_of_many_tokens_are_added_up_in_one_order(self, dtype):

@@ -31,6 +31,10 @@ from . import format, grouped, ops
 from .modules import Exl3Linear, Exl3Module, is_unhooked
 
 
+# Outputs of more tokens are added up one row of each at a time, which stay in the cache.
+FEW_TOKENS = 16
+
+
 class Exl3StackedLinear(Exl3Module):
     """
     Quantized linear layers of the same sizes, rate and codebook, whose tensors are stacked: a projection of experts.
@@ -50,7 +54,7 @@ class Exl3StackedLinear(Exl3Module):
         self.register_parameter("bias", None)
         self.store(tensors)
         self.place_numbers()
-        self._directly = grouped.DirectStack()
+        self._packed = grouped.PackedStack()
 
     scales, codes = Exl3Linear.scales, Exl3Linear.codes
 
@@ -63,20 +67,23 @@ class Exl3StackedLinear(Exl3Module):
         Returns:
             `torch.Tensor`: `[rows, out_features]`, zeros in rows of experts that are not in this stack.
         """
-        if len(self.members) < len(ranges):
-            is_here = self._numbers.device == ranges.device  # and not where the weights are offloaded to
-            ranges = ranges[self._numbers if is_here else torch.tensor(self.members, device=ranges.device)]
-        return grouped.grouped_linear_directly(
-            x, ranges, self.codes, *self.scales, self.bias, self.codebook, self.out_features
-        )
+        tensors = self.codes, *self.scales, self.bias
+        return grouped.grouped_linear(x, self.ranges_of(ranges), *tensors, self.codebook, self.out_features)
 
-    def weights(self, entries: list[int]) -> list:
-        """What `grouped.multiply_rows` takes for `entries`, None for one that it does not take."""
+    def ranges_of(self, ranges: torch.Tensor) -> torch.Tensor:
+        """Those of the experts in this stack."""
+        if len(self.members) == len(ranges):
+            return ranges
+        is_here = self._numbers.device == ranges.device  # and not where the weights are offloaded to
+        return ranges[self._numbers if is_here else torch.tensor(self.members, device=ranges.device)]
+
+    def packed(self):
+        """What `grouped.multiply_groups` takes for this stack, None where it is not to be used."""
         own = self._parameters
         if "suh" not in own or "svh" not in own or not is_unhooked(self):
-            return [None] * len(entries)
+            return None
         tensors = own["trellis"], own["suh"], own["svh"], own["bias"]
-        return self._directly(entries, *tensors, self.codebook, self.in_features, self.out_features)
+        return self._packed(*tensors, self.codebook, self.in_features, self.out_features)
 
     def place_numbers(self):
         """Have the numbers of the members on this module's device: a CUDA graph cannot copy them there."""
@@ -174,6 +181,11 @@ class Exl3Projection(nn.Module):
             stack.keep(first, count)
             if not stack.members:
                 del self._modules[name]
+
+    def packed(self) -> list | None:
+        """The stacks, each with what `grouped.multiply_groups` takes for it. None where they are not all to be used like that."""
+        found = [(stack, stack.packed()) for stack in self.children()]
+        return found if is_unhooked(self) and all(packed for _, packed in found) else None
 
     def forward(self, x: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
         """What the stacks compute together, see `Exl3StackedLinear.forward`."""
@@ -283,58 +295,46 @@ class Exl3Experts(Exl3Module):
         Returns:
             `torch.Tensor`: `[tokens, hidden]`.
         """
-        output = self._of_one_token(hidden_states, top_k_index)
+        rows, ranges, places = grouped.routed(top_k_index, self.num_experts)
+        output = self._directly(hidden_states, rows, ranges, top_k_weights)
+        if output is not None and len(hidden_states) > FEW_TOKENS:
+            return _mixed(output, places.view(top_k_index.shape), top_k_weights).to(hidden_states.dtype)
         if output is None:
-            output, places = self._of_tokens(hidden_states, top_k_index)
-            if ops.is_direct(output, top_k_weights):
-                return _mixed(output, places.view(top_k_index.shape), top_k_weights).to(hidden_states.dtype)
-            output = output.index_select(0, places)
-        weighted = output.float() * top_k_weights.reshape(-1, 1).float()
+            x = hidden_states.index_select(0, rows)
+            if self._has_adapters():
+                output = self._one_by_one(x, ranges)
+            else:
+                output = self._expert(lambda role, x: getattr(self, f"stacked_{role}")(x, ranges), x)
+        weighted = output.index_select(0, places).float() * top_k_weights.reshape(-1, 1).float()
         return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
-    def _of_one_token(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor | None:
+    def _directly(self, x, rows, ranges, top_k_weights) -> torch.Tensor | None:
         """
-        The outputs `[k, hidden]` of the experts of one token on a CPU, in the order of `top_k_index`: rows times weights, without
-        routing. None where there are more tokens, or something is to see operators or modules.
+        The outputs `[rows, hidden]` of the experts for `x[rows]` on a CPU, in two calls of its kernel. None where something is to
+        see operators or modules, or where matrix products are faster.
         """
-        is_direct = ops.is_direct(hidden_states, *(stack.bias for _, stack in self.stacks()))
-        if not is_direct or hidden_states.shape[0] != 1 or len(self._modules) > len(self.roles):
+        is_direct = ops.is_direct(x, top_k_weights, *(stack.bias for _, stack in self.stacks()))
+        if not is_direct or len(self._modules) > len(self.roles):
             return None
-        experts = top_k_index[0].tolist()
-        weights = {role: self._weights_of(role, experts) for role in self.roles}
-        first = [weight for role in self.roles if role != "down" for weight in weights[role]]
-        if None in first or None in weights["down"]:
+        packed = {role: self._modules[f"stacked_{role}"].packed() for role in self.roles}
+        few, end = ops.most_rows(x), ranges[-1, 1].item()
+        if not all(packed.values()) or (end > few and (ranges[:, 1] - ranges[:, 0]).max() > few):
             return None
-        hidden = grouped.multiply_rows(first, hidden_states.expand(len(first), -1)).split(len(experts))
-        return grouped.multiply_rows(weights["down"], self._activated(*hidden).contiguous())
 
-    def _weights_of(self, role: str, experts: list[int]) -> list:
-        """What `grouped.multiply_rows` takes for a projection of `experts`, None for one that it does not take."""
-        places = [self._places[role].get(expert) for expert in experts]
-        if None in places:  # none, or with another process
-            return places
-        entries = defaultdict(list)
-        for stack, entry in places:
-            entries[stack].append(entry)
-        projection = self._modules[f"stacked_{role}"]
-        if not is_unhooked(projection):
-            return [None] * len(experts)
-        found = {stack: iter(projection._modules[stack].weights(some)) for stack, some in entries.items()}
-        return [next(found[stack]) for stack, _ in places]
+        def multiply(roles, x, places=None):
+            y = x.new_empty(len(rows), len(roles), packed[roles[0]][0][1].out_features)
+            if end < len(rows):
+                y[end:] = 0  # of no expert
+            products = [
+                (stack, own.ranges_of(ranges), y[:, index])
+                for index, role in enumerate(roles)
+                for own, stack in packed[role]
+            ]
+            grouped.multiply_groups(products, x.contiguous(), places)
+            return y
 
-    def _of_tokens(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs `[tokens k, hidden]` of the experts of tokens, and for each number in `top_k_index` which of these is its."""
-        # Nothing is asked of the data: a graph stays whole, a GPU is not waited for.
-        routed, order = top_k_index.flatten().sort(stable=True)
-        bounds = torch.searchsorted(routed, torch.arange(self.num_experts + 1, device=routed.device))
-        x = hidden_states.index_select(0, order // top_k_index.shape[-1])
-        if self._has_adapters():
-            output = self._one_by_one(x, bounds)
-        else:
-            ranges = bounds.unfold(0, 2, 1)
-            output = self._expert(lambda role, rows: getattr(self, f"stacked_{role}")(rows, ranges), x)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return output, places
+        hidden = multiply([role for role in self.roles if role != "down"], x, rows)
+        return multiply(["down"], self._activated(hidden))[:, 0]
 
     def _has_adapters(self) -> bool:
         """Whether something has been put in the place of separated layers, or hooks on them."""
@@ -345,10 +345,10 @@ class Exl3Experts(Exl3Module):
             for layer in expert.children()
         )
 
-    def _one_by_one(self, x: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """The outputs for `x`, whose rows `bounds[e]` to `bounds[e + 1]` are those of expert `e`, through adapters."""
-        output, ends = x.new_zeros(x.shape), bounds.tolist()
-        for expert, (start, stop) in enumerate(zip(ends, ends[1:])):
+    def _one_by_one(self, x: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+        """The outputs for `x`, whose rows `ranges[e, 0]` to `ranges[e, 1]` are those of expert `e`, through adapters."""
+        output = x.new_zeros(x.shape)
+        for expert, (start, stop) in enumerate(ranges.tolist()):
             if start < stop:
                 rows = x[start:stop]
                 output[start:stop] = self._expert(lambda role, rows: self.projection(expert, role)(rows), rows)
@@ -360,15 +360,15 @@ class Exl3Experts(Exl3Module):
 
     def _expert(self, project: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What experts compute of rows `x`, where `project(role, rows)` are their projections."""
-        return project("down", self._activated(*(project(role, x) for role in self.roles if role != "down")))
+        projected = torch.stack([project(role, x) for role in self.roles if role != "down"], dim=1)
+        return project("down", self._activated(projected))
 
-    def _activated(self, *projected: torch.Tensor) -> torch.Tensor:
-        """What `down` takes, of the outputs of `gate`, if there is one, and `up`."""
-        if "gate" not in self.roles:
-            return self.plain.act_fn(*projected)
-        if getattr(self.plain, "is_concatenated", True):
-            return self.plain._apply_gate(torch.cat(projected, dim=-1))
-        return self.plain._apply_gate(torch.stack(projected, dim=-1).flatten(-2))
+    def _activated(self, projected: torch.Tensor) -> torch.Tensor:
+        """What `down` takes, of the outputs `[rows, 1 or 2, features]` of `gate`, if there is one, and `up`."""
+        if not getattr(self.plain, "is_concatenated", True):
+            projected = projected.transpose(1, 2)
+        joined = projected.flatten(1)
+        return self.plain._apply_gate(joined) if "gate" in self.roles else self.plain.act_fn(joined)
 
     def plain_views(self, name, tensor):
         leaf = "bias" if name.endswith("_bias") else "weight"

@@ -18,10 +18,13 @@ The operators of experts: products of groups of rows, each group with a quantize
 |-----------------------------------|-----------------------------------------------------------------------------|
 | `exl3::grouped_linear`            | `exl3::linear` of each group, differentiable in `x`                         |
 | `exl3::grouped_linear_input_grad` | its gradient in `x`                                                         |
+| `exl3::route`                     | which rows are those of which expert                                        |
 
 Experts with few rows, which is what a mixture has while it generates, are multiplied in one call of a kernel; those with
 many are large enough each for the matrix products of `ops.py`.
 """
+
+import functools
 
 import torch
 
@@ -49,6 +52,42 @@ def _check_stack(x, ranges, trellis, suh, svh, bias, out_features, is_transposed
     if counts[0]:
         one = None if bias is None else bias[0]
         ops.check_product(x, trellis[0], suh[0], svh[0], one, out_features, is_transposed)
+
+
+@torch.library.custom_op("exl3::route", mutates_args=())
+def route(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The rows of a mixture, those of each expert next to each other. Nothing is asked of the data: a GPU is not waited for.
+
+    Args:
+        top_k_index (`torch.Tensor`): Integer `[tokens, k]`, the experts of each token; `experts` stands for none.
+        experts (`int`): How many there are.
+
+    Returns:
+        `tuple(torch.Tensor, torch.Tensor, torch.Tensor)`: int64 `[tokens k]`, the token of each row; `[experts, 2]`, the first row
+        of each expert and the one after its last; `[tokens k]`, for each number in `top_k_index` which row is its.
+    """
+    rows, ranges, places = _route(top_k_index, experts)
+    return rows, ranges.clone(), places
+
+
+@route.register_fake
+def _(top_k_index, experts):
+    count = top_k_index.numel()
+    new_empty = functools.partial(top_k_index.new_empty, dtype=torch.int64)
+    return new_empty(count), new_empty(experts, 2), new_empty(count)
+
+
+def _route(top_k_index, experts):
+    routed, order = top_k_index.flatten().sort(stable=True)
+    bounds = torch.searchsorted(routed, torch.arange(experts + 1, device=routed.device))
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order // top_k_index.shape[-1], bounds.unfold(0, 2, 1), places
+
+
+def routed(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route`, without the dispatcher where no program is compiled."""
+    return (route if torch.compiler.is_compiling() else _route)(top_k_index, experts)
 
 
 @torch.library.custom_op("exl3::grouped_linear", mutates_args=())
@@ -81,60 +120,16 @@ def grouped_linear(
     Raises:
         `ValueError`: Where the tensors do not fit each other.
     """
-    return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-
-
-def grouped_linear_directly(x, ranges, trellis, suh, svh, bias, codebook, out_features) -> torch.Tensor:
-    """`grouped_linear`, without the dispatcher where on the CPU the result is all that is asked for."""
-    tensors = [tensor for tensor in (x, ranges, trellis, suh, svh, bias) if tensor is not None]
-    if (
-        ops.is_watched()
-        or not all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    ):
-        return grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-    return _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
-
-
-class DirectStack:
-    """
-    The weights of a stack for `multiply_rows`: each is checked and packed when it is first asked for, and again where the stack has
-    other tensors.
-    """
-
-    def __init__(self):
-        self._found = None, {}  # in one, so that each thread has the weights of the tensors that it asks for
-
-    def __call__(
-        self, entries, trellis, suh, svh, bias, codebook, in_features, out_features
-    ) -> list[cpu.Weight | None]:
-        """Those of `entries`, other arguments as of `grouped_linear`. None for one that no compiled kernel takes."""
-        tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
-        key = ops.identity(tensors)
-        known, weights = self._found
-        if key != known:
-            weights = {}
-            self._found = key, weights
-        for entry in entries:
-            if entry not in weights:
-                one = [tensor[entry] for tensor in tensors]
-                addend = None if bias is None else one[3]
-                weights[entry] = ops.packed(one, addend, codebook, in_features, out_features)
-        return [weights[entry] for entry in entries]
-
-
-multiply_rows = cpu.multiply_rows
-
-
-def _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features):
     _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
     suh, svh, bias = map(_as_rows, (suh, svh, bias))
     if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
         return gpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_zeros(x.shape[0], out_features)
     few = ops.most_rows(x)
-    if few:
-        cpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, y, few)
+    if few and len(ranges):
+        trellis = trellis if trellis.stride(-1) == 1 else trellis.contiguous()
+        stack = cpu.Stack(trellis, suh, svh, bias, codebook, x.shape[1], out_features)
+        cpu.grouped_linear([(stack, ranges.long(), y)], x if x.stride(1) == 1 else x.contiguous(), most=few)
         if x.shape[0] <= few:
             return y
     for group, rows in _groups(ranges, x.shape[0]):
@@ -151,6 +146,15 @@ def _grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features):
 def _(x, ranges, trellis, suh, svh, bias, codebook, out_features):
     gpu.check_devices(x, ranges, trellis, suh, svh, bias)
     return x.new_empty(x.shape[0], out_features)
+
+
+class PackedStack(ops.Packed):
+    """What `multiply_groups` takes for stacked tensors."""
+
+    kind = cpu.Stack
+
+
+multiply_groups = cpu.grouped_linear
 
 
 @torch.library.custom_op("exl3::grouped_linear_input_grad", mutates_args=())

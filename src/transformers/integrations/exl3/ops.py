@@ -228,19 +228,27 @@ def is_direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     )
 
 
-def identity(tensors) -> list[tuple]:
-    """What changes where other tensors, or other memory, take the place of `tensors`."""
-    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+class Packed:
+    """What the compiled kernel takes for a layer's tensors: made when it is first asked for, and again for other tensors."""
 
+    kind = cpu.Weight
 
-def packed(tensors, bias, codebook, in_features, out_features) -> cpu.Weight | None:
-    """The weight of `tensors`, `trellis`, `suh`, `svh` and more, as the compiled kernel takes it. None where it does not."""
-    is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors)
-    are_rows = is_plain and all(tensor.stride(-1) == 1 for tensor in tensors)
-    if not are_rows or tensors[0].dtype is not torch.int16 or not cpu.is_available():
-        return None
-    _check_weight(*tensors[:3])
-    return cpu.Weight(*tensors[:3], bias, codebook, in_features, out_features)
+    def __init__(self):
+        self._found = None, None  # in one, so that each thread has the weight of the tensors that it asks for
+
+    def __call__(self, trellis, suh, svh, bias, codebook, in_features, out_features):
+        """Arguments as of `linear`. None for what the compiled kernel does not take."""
+        tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
+        key = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+        known, weight = self._found
+        if key != known:
+            are_rows = all(
+                type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu and t.stride(-1) == 1 for t in tensors
+            )
+            is_taken = are_rows and trellis.dtype is torch.int16 and cpu.is_available()
+            weight = self.kind(trellis, suh, svh, bias, codebook, in_features, out_features) if is_taken else None
+            self._found = key, weight
+        return weight
 
 
 class DirectLinear:
@@ -250,19 +258,14 @@ class DirectLinear:
     """
 
     def __init__(self):
-        self._found = None, None  # in one, so that each thread has the weight of the tensors that it asks for
+        self._packed = Packed()
 
     def __call__(self, x, trellis, suh, svh, bias, codebook, in_features, out_features) -> torch.Tensor | None:
         """Arguments as of `linear`. None where that is to be called instead."""
         # First whether a compiler reads this: what it compares of shapes it would compile anew for.
         if not is_direct(x, bias) or x.dim() == 0 or x.shape[-1] != in_features or x.numel() > FEW_ROWS * in_features:
             return None
-        tensors = (trellis, suh, svh) if bias is None else (trellis, suh, svh, bias)
-        key = identity(tensors)
-        known, weight = self._found
-        if key != known:
-            weight = packed(tensors, bias, codebook, in_features, out_features)
-            self._found = key, weight
+        weight = self._packed(trellis, suh, svh, bias, codebook, in_features, out_features)
         return None if weight is None else weight.multiply(x if x.is_contiguous() else x.contiguous())
 
 

@@ -29,6 +29,7 @@ says what is computed.
 import ctypes
 import os
 import struct
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from .. import hub
 logger = logging.get_logger(__name__)
 
 LIBRARY = Path(__file__).with_name("_cpu.dll" if os.name == "nt" else "_cpu.so")
-ABI_VERSION = 6  # as in cpu.cpp
+ABI_VERSION = 7  # as in cpu.cpp
 HUB_KERNEL = "kernels-community/exl3-cpu"  # whose versions are those of the ABI
 
 _STATUS = {
@@ -60,16 +61,16 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in common
 # The structures of common.h, which `struct` fills faster than ctypes: rows of numbers are a pointer, a stride and a dtype.
 _ROWS, _NO_ROWS = "Pqi", (0, 0, 0)
 _TRELLIS = "Pqqqqii"  # as `_trellis` returns it
-_LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqq0P")
-_OPERANDS, _SIZES = struct.Struct("@" + 2 * _ROWS + "0P"), struct.Struct("@qqq")  # where that starts and ends
-_GROUPED_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqqPqqqqqqqq0P")
+_LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqqP")
+_OPERANDS, _SIZES = struct.Struct("@" + 2 * _ROWS + "0P"), struct.Struct("@qqqP")  # where that starts and ends
+_GROUPS = struct.Struct("@qPqqqq")  # what a grouped call has then, before the strides of a stack
 _ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
 _DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
 _SIGNATURES = {
     "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT],
     "exl3_linear": [_POINTER, _LONG, _INT],
-    "exl3_grouped_linear": [_POINTER, _INT],
+    "exl3_grouped_linear": [_POINTER, _LONG, _INT],
     "exl3_rotate": [_POINTER, _INT],
     "exl3_decode": [_POINTER, _INT],
     "exl3_dequantize": [_POINTER, _INT],
@@ -205,6 +206,7 @@ def linear(layers: list[tuple], out: list[torch.Tensor]):
             *_trellis(trellis, codebook),
             *x.shape,
             y.shape[1],
+            0,
         )
         kept.append((x, trellis))  # until the calls are done
     _call("exl3_linear", _address(calls), len(layers), torch.get_num_threads())
@@ -229,7 +231,16 @@ class Weight:
         if trellis.stride(2) != 1:
             raise ValueError(f"the tiles of a trellis are to be contiguous each: {_describe(trellis)}")
         call = _LINEAR_CALL.pack(
-            *_rows(x), *_rows(y), *_rows(suh), *_rows(svh), *_rows(bias), *_trellis(_tiles(trellis), codebook), 0, 0, 0
+            *_rows(x),
+            *_rows(y),
+            *_rows(suh),
+            *_rows(svh),
+            *_rows(bias),
+            *_trellis(_tiles(trellis), codebook),
+            0,
+            0,
+            0,
+            0,
         )
         self._constant = call[_OPERANDS.size : -_SIZES.size]
         self.in_features, self.out_features = in_features, out_features
@@ -240,91 +251,80 @@ class Weight:
         y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
         dtype = DTYPES[x.dtype]
         operands = _OPERANDS.pack(x.data_ptr(), into, dtype, y.data_ptr(), out, dtype)
-        call = operands + self._constant + _SIZES.pack(x.numel() // into, into, out)
+        call = operands + self._constant + _SIZES.pack(x.numel() // into, into, out, 0)
         _call("exl3_linear", call, 1, torch.get_num_threads())
         return y
 
 
-def multiply_rows(weights: list[Weight], x: torch.Tensor) -> torch.Tensor:
-    """Row `i` of the result is row `i` of `x` times `weights[i]`, all on all threads together.
+class Stack:
+    """
+    Stacked quantized weights that are checked once, and multiplied with little effort for a call.
 
     Args:
-        weights (`list[Weight]`): One and more, of the same `in_features` and `out_features`.
-        x (`torch.Tensor`): `[len(weights), in_features]` on the CPU, of a dtype of `DTYPES`, rows contiguous each.
-
-    Returns:
-        `torch.Tensor`: `[len(weights), out_features]`.
+        trellis, suh, svh, bias, codebook: As in `grouped.grouped_linear`, on sizes that fit each other. They are not kept: the
+            address of each must be the same, and its memory alive, at every call.
+        in_features, out_features (`int`): Without padding.
 
     Raises:
-        ValueError: Where `x` or the weights are others.
+        ValueError: As of `linear`.
     """
-    into, out = weights[0].in_features, weights[0].out_features
-    if any((weight.in_features, weight.out_features) != (into, out) for weight in weights):
-        raise ValueError("the weights of rows that are multiplied together have different sizes")
-    if x.shape != (len(weights), into) or x.stride(1) != 1 or not x.is_cpu or x.dtype not in DTYPES:
-        raise ValueError(
-            f"{len(weights)} weights take as many contiguous rows of {into} features on the CPU: {_describe(x)}"
+
+    def __init__(self, trellis, suh, svh, bias, codebook, in_features, out_features):
+        stacks = [trellis, suh, svh] + ([] if bias is None else [bias])
+        if not len(trellis) or any(len(stack) != len(trellis) for stack in stacks):
+            raise ValueError(f"no stacks of one size: {', '.join(map(_describe, stacks))}")
+        one = Weight(
+            *(stack[0] for stack in stacks), *([None] if bias is None else []), codebook, in_features, out_features
         )
-    y = torch.empty(len(weights), out, dtype=x.dtype)
-    dtype, size, sizes = DTYPES[x.dtype], x.element_size(), _SIZES.pack(1, into, out)
-    at, step, to = x.data_ptr(), x.stride(0) * size, y.data_ptr()
-    calls = []
-    for weight in weights:
-        calls += (_OPERANDS.pack(at, into, dtype, to, out, dtype), weight._constant, sizes)
-        at, to = at + step, to + out * size
-    _call("exl3_linear", b"".join(calls), len(weights), torch.get_num_threads())
-    return y
+        strides = [stack.stride(0) for stack in stacks] + ([0] if bias is None else [])
+        self._constant, self._strides = one._constant, struct.pack("@qqqq", *strides)
+        self.count, self.in_features, self.out_features = len(trellis), in_features, out_features
 
 
 def grouped_linear(
+    products: list[tuple[Stack, torch.Tensor, torch.Tensor]],
     x: torch.Tensor,
-    ranges: torch.Tensor,
-    trellis: torch.Tensor,
-    suh: torch.Tensor,
-    svh: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    out: torch.Tensor,
-    most: int,
+    places: torch.Tensor | None = None,
+    most: int = sys.maxsize,
 ):
     """Products of groups of rows and stacked quantized weights, of all groups on all threads together.
 
     Args:
-        x, ranges, trellis, suh, svh, bias, codebook: As in `grouped.grouped_linear`, on sizes that fit each other.
-        out (`torch.Tensor`): `[rows, out_features]`, rows contiguous each, of `x`'s dtype. Written in rows of groups.
-        most (`int`): Groups of more rows are left out.
+        products (`list[tuple]`): For each stack int64 `ranges` `[groups, 2]`, as in `grouped.grouped_linear`, and where to write:
+            `[rows, out_features]`, rows contiguous each, of `x`'s dtype. Written in rows of groups.
+        x (`torch.Tensor`): `[rows, in_features]` on the CPU, rows contiguous each, of a dtype of `DTYPES`.
+        places (`torch.Tensor`, *optional*): int64 `[rows]`, which row of `x` each row of a product is, in order if not given.
+        most (`int`, *optional*): Groups of more rows are left out.
 
     Raises:
-        ValueError: For tensors of other dtypes, layouts or devices, for ranges that are none of rows of `x`, and for an unknown
-            rate or codebook.
+        ValueError: For tensors of other sizes, dtypes, layouts or devices, and for ranges and places that are none.
         RuntimeError: If the kernels are missing.
     """
-    if not len(ranges):
-        return
-    x, ranges = x.contiguous(), ranges.to(torch.int64)
-    trellis = trellis if trellis.stride(3) == 1 else trellis.contiguous()
-    one = _tiles(trellis[0])
-    stacks = [trellis, suh, svh] + ([] if bias is None else [bias])
-    if any(stack.shape[0] != ranges.shape[0] for stack in stacks) or ranges.shape[1:] != (2,) or not ranges.is_cpu:
-        raise ValueError(f"the stacks of grouped products do not fit {_describe(ranges)}")
-    _check_sizes(x, one, suh[0], svh[0], None if bias is None else bias[0], out)
-    call = _GROUPED_CALL.pack(
-        *_rows(x),
-        *_rows(out),
-        *_rows(suh),
-        *_rows(svh),
-        *_rows(bias),
-        *_trellis(one, codebook),
-        *x.shape,
-        out.shape[1],
-        ranges.data_ptr(),
-        *ranges.stride(),
-        len(ranges),
-        most,
-        *(stack.stride(0) for stack in stacks),
-        *([0] if bias is None else []),
-    )
-    _call("exl3_grouped_linear", _address(bytearray(call)), torch.get_num_threads())
+    rows, into = x.shape
+    count = rows if places is None else len(places)
+    operand, calls = _rows(x), []
+    for stack, ranges, y in products:
+        fits = into == stack.in_features and y.shape == (count, stack.out_features) and y.dtype is x.dtype
+        if not fits or ranges.shape != (stack.count, 2):
+            raise ValueError(
+                f"a stack of {stack.count} weights [{stack.in_features}, {stack.out_features}] does not fit x {_describe(x)}, "
+                f"y {_describe(y)} and ranges {_describe(ranges)}"
+            )
+        at = None if places is None else _numbers(places)
+        calls += (_OPERANDS.pack(*operand, *_rows(y)), stack._constant, _SIZES.pack(count, into, y.shape[1], at or 0))
+        calls += (_GROUPS.pack(rows, _numbers(ranges), *ranges.stride(), stack.count, most), stack._strides)
+    _call("exl3_grouped_linear", b"".join(calls), len(products), torch.get_num_threads())
+
+
+def _numbers(tensor):
+    """Pointer to the numbers of a tensor of int64, contiguous if it has one dimension."""
+    if (
+        tensor.dtype is not torch.int64
+        or not tensor.is_cpu
+        or (tensor.dim() == 1 and tensor.numel() > 1 and tensor.stride(0) != 1)
+    ):
+        raise ValueError(f"numbers of rows are int64 on the CPU: {_describe(tensor)}")
+    return tensor.data_ptr()
 
 
 def rotate(

@@ -181,14 +181,16 @@ struct LinearCall {
   Rows suh, svh, bias;
   Trellis trellis;
   int64_t rows, in_features, out_features;
+  const int64_t* places;  // [rows]: which row of `x` each is; null where they are in order
 };
 
 // What `exl3_grouped_linear` computes: groups of rows, each with a weight of its own out of a stack.
 struct GroupedCall {
   LinearCall first;       // with the first weight, and all rows
+  int64_t x_rows;         // that `x` has
   const int64_t* ranges;  // [groups, 2]: the first row of each group, and the one after its last
   int64_t group_stride, end_stride, groups;
-  int64_t most;                                   // groups of more rows are left out
+  int64_t most;                     // groups of more rows are left out
   int64_t trellis, suh, svh, bias;  // from one weight to the next: strides in words and elements
 };
 

@@ -57,7 +57,7 @@ void __throw_bad_array_new_length() { throw bad_alloc(); }
 
 namespace {
 
-constexpr int ABI_VERSION = 6;  // `cpu.ABI_VERSION`: raised with every change of a signature below
+constexpr int ABI_VERSION = 7;  // `cpu.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
@@ -357,31 +357,37 @@ EXPORT int32_t exl3_linear(const LinearCall* calls, int64_t count, int32_t threa
   return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads, isa.fused); });
 }
 
-// `ops.grouped_linear` for the groups of at most `most` rows.
-EXPORT int32_t exl3_grouped_linear(const GroupedCall* call, int32_t threads) {
-  const LinearCall& first = call->first;
+// `ops.grouped_linear` for each of `count` calls, which share the threads: for their groups of at most `most` rows.
+EXPORT int32_t exl3_grouped_linear(const GroupedCall* calls, int64_t count, int32_t threads) {
   auto advance = [](Rows& rows, int64_t elements) {
     if (rows.data) rows.data = static_cast<char*>(rows.data) + elements * (rows.dtype == FLOAT32 ? 4 : 2);
   };
-  return run(first.trellis.twice_bits, [&](const Isa& isa) -> int32_t {
-    std::vector<LinearCall> calls;
-    for (int64_t group = 0; group < call->groups; ++group) {
-      const int64_t* range = call->ranges + group * call->group_stride;
-      int64_t begin = range[0], end = range[call->end_stride];
-      if (begin < 0 || end < begin || end > first.rows) return NO_SUCH_ROWS;
-      if (begin == end || end - begin > call->most) continue;
-      LinearCall one = first;
-      one.rows = end - begin;
-      advance(one.x, begin * one.x.stride);
-      advance(one.y, begin * one.y.stride);
-      advance(one.suh, group * call->suh);
-      advance(one.svh, group * call->svh);
-      advance(one.bias, group * call->bias);
-      one.trellis.data += group * call->trellis;
-      calls.push_back(one);
+  return run(RATES[0], [&](const Isa&) -> int32_t {
+    std::vector<LinearCall> products;
+    for (const GroupedCall* call = calls; call < calls + count; ++call) {
+      const LinearCall& first = call->first;
+      for (int64_t row = 0; first.places && row < first.rows; ++row)
+        if (first.places[row] < 0 || first.places[row] >= call->x_rows) return NO_SUCH_ROWS;
+      for (int64_t group = 0; group < call->groups; ++group) {
+        const int64_t* range = call->ranges + group * call->group_stride;
+        int64_t begin = range[0], end = range[call->end_stride];
+        if (begin < 0 || end < begin || end > first.rows) return NO_SUCH_ROWS;
+        if (begin == end || end - begin > call->most) continue;
+        LinearCall one = first;
+        one.rows = end - begin;
+        if (one.places)
+          one.places += begin;
+        else
+          advance(one.x, begin * one.x.stride);
+        advance(one.y, begin * one.y.stride);
+        advance(one.suh, group * call->suh);
+        advance(one.svh, group * call->svh);
+        advance(one.bias, group * call->bias);
+        one.trellis.data += group * call->trellis;
+        products.push_back(one);
+      }
     }
-    isa.multiply(calls.data(), int64_t(calls.size()), threads, isa.fused);
-    return OK;
+    return exl3_linear(products.data(), int64_t(products.size()), threads);
   });
 }
 

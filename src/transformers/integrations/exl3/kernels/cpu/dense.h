@@ -61,19 +61,19 @@ static void dequantize_all(const DecodeCall& call, int threads) {
   int64_t across = call.trellis.in_tiles / BLOCK_TILES, down = call.trellis.out_tiles / BLOCK_TILES;
   for_each_index(across * down, threads, [&](int64_t index) {
     int64_t in_block = index % across, out_block = index / across;
-    alignas(64) float block[BLOCK * BLOCK], scale[BLOCK];
+    alignas(64) float block[BLOCK * BLOCK];
+    const Operand in_scale = Operand::factors(call.suh, in_block), out_scale = Operand::factors(call.svh, out_block);
     DecodeCall part = call;
     part.trellis.data += in_block * BLOCK_TILES * call.trellis.row_stride + out_block * BLOCK_TILES * call.trellis.column_stride;
     part.trellis.in_tiles = BLOCK_TILES;
     part.y = {block, BLOCK, FLOAT32};
     for (int column = 0; column < BLOCK_TILES; ++column) decode_column<float>(part, column, decode);
     rotate_columns(block);
-    read_block(call.svh, 0, out_block, (out_block + 1) * BLOCK, scale);
     for (int row = 0; row < BLOCK; ++row) {
       float* data = block + row * BLOCK;
       rotate(data);
-      scale_block(call.suh, in_block, data);
-      for (int i = 0; i < BLOCK; ++i) data[i] *= scale[row];
+      scale_block(in_scale, data);
+      for (int i = 0; i < BLOCK; ++i) data[i] *= out_scale.data[row];
       write_block(call.y, out_block * BLOCK + row, in_block, call.trellis.in_tiles * TILE, data);
     }
   });

@@ -107,14 +107,15 @@ struct Linear {
   // One block of a group's rows of the input.
   void prepare(int64_t index) const {
     int64_t group = index / blocks, block = index % blocks;
-    for (int i = 0; i < rows_of(group); ++i) prepare_row(group, i, block);
+    const Operand factors = Operand::factors(call.suh, block);
+    for (int i = 0; i < rows_of(group); ++i) prepare_row(group, i, block, factors);
   }
 
-  void prepare_row(int64_t group, int number, int64_t block) const {
+  void prepare_row(int64_t group, int number, int64_t block, const Operand& factors) const {
     int64_t row = first_row(group) + number, index = block * call.rows + row;
     alignas(64) float data[BLOCK];
-    read_block(call.x, row, block, call.in_features, data);
-    scale_block(call.suh, block, data);
+    read_block(call.x, call.places ? call.places[row] : row, block, call.in_features, data);
+    scale_block(factors, data);
     rotate(data);
     if (exact) {
       float* to = values.data + (row * blocks + block) * BLOCK_TILES * PATTERN;
@@ -184,8 +185,9 @@ struct Linear {
       finish_units(part);
     }
     if (shared && left.data[chunk * (columns / BLOCK_TILES) + block].fetch_sub(int(width)) > width) return;
+    const Operand factors = Operand::factors(call.svh, block), addends = Operand::addends(call.bias, block, call.out_features);
     for (int64_t i = 0; i < rows; ++i)
-      finish_block(call.svh, call.bias, call.y, first + i, block, call.out_features, part.at(i, block * BLOCK_TILES - column));
+      finish_block(factors, addends, call.y, first + i, block, call.out_features, part.at(i, block * BLOCK_TILES - column));
   }
 
   void decode_block(int64_t column, int64_t block, int16_t* codes) const {

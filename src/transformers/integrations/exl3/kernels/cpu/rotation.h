@@ -143,22 +143,31 @@ static inline void write_block(const Rows& rows, int64_t row, int64_t block, int
   if (rows.dtype == BFLOAT16) write<BFloat>(rows.data, offset, count, from);
 }
 
-static inline void scale_block(const Rows& scales, int64_t block, float* data) {
-  float scale[BLOCK];
-  read_block(scales, 0, block, (block + 1) * BLOCK, scale);
-  for (int i = 0; i < BLOCK; ++i) data[i] *= scale[i];
+// What a block is multiplied by, or what is added to it, of all rows alike. Where there is nothing, numbers that change none.
+struct Operand {
+  alignas(64) float data[BLOCK];
+
+  static Operand factors(const Rows& scales, int64_t block) { return {scales, block, (block + 1) * BLOCK, 1.f}; }
+  static Operand addends(const Rows& bias, int64_t block, int64_t features) { return {bias, block, features, -0.f}; }
+
+ private:
+  Operand(const Rows& from, int64_t block, int64_t features, float neutral) {
+    if (from.data)
+      read_block(from, 0, block, features, data);
+    else
+      std::fill_n(data, BLOCK, neutral);
+  }
+};
+
+static inline void scale_block(const Operand& factors, float* data) {
+  for (int i = 0; i < BLOCK; ++i) data[i] *= factors.data[i];
 }
 
 // The end of a product: rotate a block, scale it, add the bias, and write what is not padding.
-static inline void finish_block(const Rows& scales, const Rows& bias, const Rows& y, int64_t row, int64_t block,
+static inline void finish_block(const Operand& factors, const Operand& addends, const Rows& y, int64_t row, int64_t block,
                                 int64_t features, float* data) {
   rotate(data);
-  if (scales.data) scale_block(scales, block, data);
-  if (bias.data) {
-    float addend[BLOCK];
-    read_block(bias, 0, block, features, addend);
-    for (int i = 0; i < BLOCK; ++i) data[i] += addend[i];
-  }
+  for (int i = 0; i < BLOCK; ++i) data[i] = data[i] * factors.data[i] + addends.data[i];
   write_block(y, row, block, features, data);
 }
 
@@ -168,7 +177,8 @@ static void rotate_rows(const RotateCall& call, int threads) {
     int64_t row = index / blocks, block = index % blocks;
     alignas(64) float data[BLOCK];
     read_block(call.x, row, block, call.in_features, data);
-    if (call.before.data) scale_block(call.before, block, data);
-    finish_block(call.after, call.bias, call.y, row, block, call.out_features, data);
+    scale_block(Operand::factors(call.before, block), data);
+    finish_block(Operand::factors(call.after, block), Operand::addends(call.bias, block, call.out_features), call.y, row, block,
+                 call.out_features, data);
   });
 }

@@ -61,10 +61,11 @@ using RowsOrder = PairOrder;
 
 // The 128 inputs of row `row` of `rows` of a group, as `add_rows` reads them: pair after pair, and each of all rows.
 static void arrange_row(const int16_t* whole, int row, int rows, int16_t* to) {
-  for (int pair = 0; pair < BLOCK / 2; ++pair) {
-    int place = pair % PAIRS, feature = pair / PAIRS * TILE + row_of(place / 2, place % 2 * 2);
-    std::memcpy(to + 2 * (pair * rows + row), whole + feature, 2 * sizeof *whole);
-  }
+  to += 2 * row;
+  for (int tile = 0; tile < BLOCK_TILES; ++tile, whole += TILE)
+#pragma GCC unroll 8
+    for (int place = 0; place < PAIRS; ++place, to += 2 * rows)
+      std::memcpy(to, whole + row_of(place / 2, place % 2 * 2), 2 * sizeof *whole);
 }
 
 // Indices are constants everywhere, since compilers would keep an array that is indexed in memory.
