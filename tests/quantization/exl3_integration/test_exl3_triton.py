@@ -293,6 +293,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
             mock.patch.object(gpu, "is_available", lambda device: True),
             mock.patch.object(gpu, "grouped_linear", wraps=gpu.grouped_linear) as launches,
             mock.patch.object(grouped, "_groups", side_effect=AssertionError("the host was asked")),
+            mock.patch.object(ops, "is_direct", lambda *_: False),
         ):
             y = module(x, index, weights)
         self.assertEqual([len(call.args[2]) for call in launches.call_args_list], [3, 1, 3, 1, 3, 1])
