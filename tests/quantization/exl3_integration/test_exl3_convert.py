@@ -397,6 +397,13 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertEqual(done, ["fsync", "replace"])
         torch.testing.assert_close(layers.find("layer"), tensors, rtol=0, atol=0)
 
+    def test_a_layer_may_have_any_name(self):
+        layers = finished.LayerFiles(Path(self.folder))
+        for name in ("layers.en/us", "layers.en%2Fus"):
+            self.assertIsNone(layers.find(name))
+            layers.keep(name, {"suh": torch.ones(128)})
+            self.assertIsNotNone(layers.find(name))
+
     def test_the_room_that_is_needed_is_less_by_what_is_finished(self):
         layers, free = finished.LayerFiles(Path(self.folder)), shutil.disk_usage(self.folder)
         Path(self.folder, "a.safetensors").write_bytes(bytes(60))

@@ -65,7 +65,6 @@ class Exl3Quantize(ConversionOps):
             # A head that is not quantized, and no longer tied to what is; or what is quantized when its inputs arrive.
             if not isinstance(module, Exl3Module) or quantizer.waits_for_data(module, parameter):
                 result[f"{path}.{parameter}"] = value
-                missing_keys.discard(f"{path}.{parameter}")
                 continue
             gathered = _gathered(
                 value, model.get_parameter_or_buffer(name), module.plain.get_parameter(parameter).shape
