@@ -63,18 +63,22 @@ class Exl3HfQuantizer(HfQuantizer):
             raise ValueError(
                 "`device_map` is an empty dict and places nothing: pass `auto`, a device, or leave it out."
             )
+        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        if self.requires_parameters_quantization and "meta" in places:
+            raise ValueError(
+                "`device_map` places weights on the meta device, which has no numbers to quantize: leave it out."
+            )
         if self.quantization_config.dataset is not None:
-            self._check_data(device_map)
+            self._check_data(places)
         if self.requires_parameters_quantization and self.quantization_config.dequantize:
             raise ValueError(
                 "`dequantize=True` is for EXL3 checkpoints, and this checkpoint is not quantized: load it without "
                 "`quantization_config`."
             )
 
-    def _check_data(self, device_map):
+    def _check_data(self, places: set[str]):
         if self.pre_quantized:
             raise ValueError("`dataset` is for quantizing, and this checkpoint is quantized: leave it out.")
-        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 "A model that is quantized with a `dataset` has to fit in memory as it is, and `device_map` offloads some of it. "

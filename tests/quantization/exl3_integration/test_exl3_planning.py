@@ -24,14 +24,23 @@ import unittest
 import torch
 from parameterized import parameterized
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Exl3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertForMaskedLM,
+    Exl3Config,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.exl3.loading import replace_with_exl3_modules
 from transformers.integrations.exl3.modules import Exl3Module
 from transformers.integrations.exl3.planning import Plan
 from transformers.testing_utils import require_accelerate, require_torch
 
-from .tiny_models import MODELS, ONE_LAYER
+from .tiny_models import ENCODER, MODELS, ONE_LAYER
 
 
 # Upstream's conversions that read the model they load into, and what they read of a parameter there.
@@ -276,6 +285,34 @@ class Exl3PlainLayersTest(unittest.TestCase):
         _, plan = planned(model)
         left = {path for path in linear if path not in plan.modules and path != "lm_head"}
         self.assertEqual({path.rpartition("layers.0.")[2].removeprefix("model.") for path in left}, expected)
+
+    def test_experts_of_an_unknown_layout_stay_and_are_named(self):
+        fields = {**ONE_LAYER, "num_local_experts": 2, "intermediate_size_mlp": 96, "moe_layers": [0]}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **fields))
+        with self.assertLogs("transformers.integrations.exl3.planning", "WARNING") as logs:
+            _, plan = planned(model)
+        self.assertIn("model.layers.0.feed_forward.experts (Llama4TextExperts)", logs.output[0])
+        self.assertNotIn("model.layers.0.feed_forward.experts", plan.modules)
+
+    def test_a_head_with_a_bias_does_not_stay_tied_to_quantized_embeddings(self):
+        """It would be decoded from them alone."""
+        with torch.device("meta"):
+            model = XLNetLMHeadModel(XLNetConfig(vocab_size=100, d_model=128, n_layer=1, n_head=4, d_inner=100))
+        self.assertEqual({**model.all_tied_weights_keys}, {"lm_loss.weight": "transformer.word_embedding.weight"})
+        self.assertIsNotNone(model.lm_loss.bias)
+        _, plan = planned(model, Exl3Config(bits=2, embedding_bits=2))
+        self.assertFalse(plan.has_tied_head)
+        self.assertNotIn("lm_loss", plan.modules)
+        self.assertEqual({**model.all_tied_weights_keys}, {})
+
+    def test_a_head_whose_bias_is_tied_too_is_not_untied(self):
+        for option in ({"embedding_bits": 2}, {"head_bits": 2}):
+            with torch.device("meta"):
+                model = BertForMaskedLM(BertConfig(**ENCODER))
+            message = "decoder.bias are tied as well .* Leave `head_bits` and `embedding_bits` unset"
+            with self.assertRaisesRegex(ValueError, message):
+                planned(model, Exl3Config(bits=2, **option))
 
 
 def _common(content, other):

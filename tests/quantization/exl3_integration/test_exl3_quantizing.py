@@ -36,7 +36,7 @@ from transformers import (
     LagunaConfig,
     LlamaForCausalLM,
 )
-from transformers.integrations.exl3 import encoder, format, separate_experts
+from transformers.integrations.exl3 import encoder, encoding, format, separate_experts
 from transformers.integrations.exl3.embeddings import Exl3Embedding, Exl3TiedHead
 from transformers.integrations.exl3.experts import Exl3Experts
 from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module, Exl3SplitLinear
@@ -601,6 +601,28 @@ class Exl3QuantizingTest(unittest.TestCase):
             signs = encoder.random_signs(128, encoder.seed_of(path), 0)
             torch.testing.assert_close(layer.suh.data.sign().float(), signs.float(), rtol=0, atol=0)
         self.assertEqual(len(layers), 4)
+
+    def test_a_layer_has_the_tensors_of_its_weight_and_its_name(self):
+        config = Exl3Config(bits=2, effort="fast", modules_to_not_convert=["mlp"])
+        quantized, plain = self.quantize("llama_tied", config)
+        path = "model.layers.0.self_attn.o_proj"
+        made = encoder.quantize_weight(
+            plain.get_submodule(path).weight.detach(),
+            2,
+            seed=encoder.seed_of(path),
+            search=encoding.search_on(torch.device("cpu")),
+            effort="fast",
+        )
+        layer = quantized.get_submodule(path)
+        torch.testing.assert_close([layer.trellis.data, layer.suh.data, layer.svh.data], [*made], rtol=0, atol=0)
+
+    @parameterized.expand([("alone", None), ("with_data", [[3, 4, 5, 6]])])
+    def test_there_is_nothing_to_quantize_on_the_meta_device(self, _, dataset):
+        folder, _, auto_class = self.source("llama")
+        for device_map in ("meta", {"": "meta"}):
+            with self.assertRaisesRegex(ValueError, "on the meta device.*leave it out"):
+                config = Exl3Config(dataset=dataset)
+                auto_class.from_pretrained(folder, quantization_config=config, device_map=device_map)
 
     def test_what_moves_inputs_stays_where_a_module_is_replaced(self):
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module

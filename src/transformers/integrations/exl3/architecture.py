@@ -159,7 +159,8 @@ def untie(model, paths):
     if touched and set(tied) - touched:
         raise ValueError(
             f"{', '.join(sorted(weights & {*tied, *tied.values()}))} cannot be quantized: {', '.join(sorted(set(tied) - touched))} "
-            f"are tied as well in {type(model).__name__}, and its config has one switch for all of them. Leave `head_bits` unset."
+            f"are tied as well in {type(model).__name__}, and its config has one switch for all of them. Leave `head_bits` and "
+            "`embedding_bits` unset."
         )
     for target in touched:
         del tied[target]

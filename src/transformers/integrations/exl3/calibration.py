@@ -57,15 +57,8 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
         `tuple(int, int)`: Rows and columns of the data: how many windows, of how many tokens each.
 
     Raises:
-        `ValueError`: Where the model takes no text, is offloaded, the data does not do, or activations are not finite.
+        `ValueError`: Where the model takes no text, the data does not do, or activations are not finite.
     """
-    for path in paths:
-        module = model.get_submodule(path)
-        if any(getattr(module, name).is_meta for name in module.pending):
-            raise ValueError(
-                f"{path} is offloaded: a model that is quantized with a `dataset` has to fit in memory as it is. Quantize it without "
-                "one, or on devices that hold it."
-            )
     modules = {path: model.get_submodule(path) for path in paths}
     for path, module in modules.items():
         put(model, path, module.with_plain(_plain_parameters(model, path, module)))

@@ -213,10 +213,8 @@ class Exl3Unstack(WeightConverter):
 
     def convert(self, layer_name, **kwargs):
         ((stack,),) = self.collected_tensors.values()
-        names = self.names[layer_name]
-        if len(names) != len(stack):
-            raise ValueError(f"{layer_name} has {len(stack)} entries for {len(names)} experts")
-        return dict(zip(names, self.operations[0].convert({layer_name: stack})[layer_name].unbind()))
+        entries = self.operations[0].convert({layer_name: stack})[layer_name].unbind()
+        return dict(zip(self.names[layer_name], entries, strict=True))
 
 
 def stacks_of(placement, experts: dict[str, Exl3Experts]) -> Exl3Stacks:
