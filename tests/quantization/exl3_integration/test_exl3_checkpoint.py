@@ -550,7 +550,9 @@ class Exl3BadRequestTest(unittest.TestCase):
         self.assert_error("llama", message, AutoModel, head_bits=6)
 
     def test_bits_for_a_head_that_is_tied_to_more_than_one(self):
-        message = "lm_head.weight.* cannot be quantized: .*are tied as well.*Leave `head_bits` and `embedding_bits` unset"
+        message = (
+            "lm_head.weight.* cannot be quantized: .*are tied as well.*Leave `head_bits` and `embedding_bits` unset"
+        )
         self.assert_error("t5", message, AutoModelForSeq2SeqLM, head_bits=6)
 
     def test_a_float_checkpoint_cannot_be_dequantized(self):
