@@ -150,6 +150,10 @@ class Exl3Config(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` of Exl3Config has to be a whole number from {least} on, got {value!r}")
+            if self.dataset is None and value != inspect.signature(type(self)).parameters[name].default:
+                raise ValueError(
+                    f"`{name}` of Exl3Config is for quantizing with data: pass a `dataset`, too, or leave it out."
+                )
         if self.dataset is None or self.dataset == "self":
             if self.tokenizer is not None:
                 raise ValueError("`tokenizer` of Exl3Config is for a `dataset` of texts. Pass both or none.")

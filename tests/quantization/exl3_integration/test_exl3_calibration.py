@@ -16,6 +16,7 @@
 import copy
 import tempfile
 import unittest
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -509,6 +510,12 @@ class Exl3TextTest(unittest.TestCase):
         windows = self.windows(["", "one three", "eleven six"], tokenizer=tokenizer)
         self.assertEqual(windows.tolist(), [[1, 53, 5, 56, 3, 2]])
 
+    def test_a_tokenizer_may_be_that_of_a_processor(self):
+        processor = SimpleNamespace(tokenizer=word_tokenizer())
+        self.assertEqual(self.windows(["w3 w4 w5 w6"], tokenizer=processor).tolist(), [[3, 4, 5, 6]])
+        with self.assertRaisesRegex(TypeError, "`tokenizer` of Exl3Config has to be a tokenizer, .*, got 5"):
+            self.windows(["w3 w4 w5 w6"], tokenizer=5)
+
     def test_special_tokens_in_a_text_are_of_the_text(self):
         tokenizer = word_tokenizer("[BOS]")
         tokenizer.add_special_tokens({"additional_special_tokens": ["w3", "w9"]})
@@ -640,6 +647,8 @@ class Exl3TextTest(unittest.TestCase):
             ({"calibration_rows": 0}, ValueError, "`calibration_rows`"),
             ({"calibration_length": 1.5}, ValueError, "`calibration_length`"),
             ({"calibration_seed": -1}, ValueError, "`calibration_seed`"),
+            ({"calibration_rows": 8}, ValueError, "`calibration_rows` of Exl3Config is for quantizing with data"),
+            ({"calibration_length": 64}, ValueError, "`calibration_length` .* pass a `dataset`, too"),
         ]
     )
     def test_wrong_arguments_are_refused(self, arguments, error, message):

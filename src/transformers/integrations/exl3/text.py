@@ -78,7 +78,10 @@ def _pieces(ids: list[int], length: int) -> list[list[int]]:
 
 
 def _tokenizer(model: nn.Module, tokenizer):
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     if tokenizer is not None and not isinstance(tokenizer, str):
+        if not callable(tokenizer):
+            raise TypeError(f"`tokenizer` of Exl3Config has to be a tokenizer, or the name of one, got {tokenizer!r}")
         return tokenizer
     from ...models.auto import AutoTokenizer
 
