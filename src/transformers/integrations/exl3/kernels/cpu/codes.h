@@ -14,11 +14,16 @@
 
 // Tiles to the codes that they hold, on the vectors of an instruction set: `format.decode` up to what a code stands for.
 
+template <int BOOK>
+static inline Words product_of(Words states) {
+  Words product = multiply(states, MULTIPLIERS[BOOK]);
+  return BOOK == THREE_INST ? add(product, THREE_INST_ADDEND) : product;
+}
+
 template <int RATE, int BOOK>
 static inline Words codes_of(Words states) {
-  Words product = multiply(states, MULTIPLIERS[BOOK]);
+  Words product = product_of<BOOK>(states);
   if constexpr (BOOK == MUL1) return sum_bytes(product);
-  if constexpr (BOOK == THREE_INST) product = add(product, THREE_INST_ADDEND);
   return sum_halves(product);
 }
 

@@ -218,19 +218,21 @@ constexpr int row_of(int lane, int code) { return 2 * (lane % 4) + code % 2 + 8 
 struct CodeUnits {
   float step, start;
   int middle, largest;  // of all codes, and how far at most one is from it
+  int largest_input;    // of the whole inputs that codes are multiplied with
 };
+// An input times a power of two of the two fp16 numbers (`sum_halves`), of which 8 is the largest, has 16 bits.
+constexpr int LARGEST_OF_HALVES = 32767 / 8;
 constexpr CodeUnits UNITS[NUM_CODEBOOKS] = {
-    {0x1p-13f, 0, 0, 2047 << 4}, {0x1p-13f, 0, 0, 2047 << 4},
-    {0.00676727294921875f, 1024 * 0.00676727294921875f - 10.3828125f, 510, 510}};
+    {0x1p-13f, 0, 0, 2047 << 4, LARGEST_OF_HALVES}, {0x1p-13f, 0, 0, 2047 << 4, LARGEST_OF_HALVES},
+    {0.00676727294921875f, 1024 * 0.00676727294921875f - 10.3828125f, 510, 510, 32767}};
 
-// Largest magnitudes of whole inputs: of one, and of a block's together, so that their products with codes less `middle` add up
-// to less than 2**31. Each is rounded by up to a half. Every block of mul1's is below.
-constexpr int LARGEST_INPUT = 32767;
+// The largest magnitude of a block's whole inputs together, so that their products with codes less `middle` add up to less than
+// 2**31. Each is rounded by up to a half. Every block of mul1's is below.
 constexpr int largest_inputs(CodeUnits units) { return INT32_MAX / units.largest - BLOCK / 2 - 2; }
-static_assert(largest_inputs(UNITS[MUL1]) > BLOCK * LARGEST_INPUT, "mul1's sums have room for all inputs");
+static_assert(largest_inputs(UNITS[MUL1]) > BLOCK * UNITS[MUL1].largest_input, "mul1's sums have room for all inputs");
 
-// Rows up to which each product of a mul1 weight is added up for itself ("fused"), and rates up to which their inputs then
-// have 8 bits instead of 16. The error of 8 bits is 0.65 % of the output's RMS, that of coding 6.3 % at 4 bits and 3.2 % at 5: by
+// Rows that may be multiplied while a weight is decoded ("fused"), and rates up to which their inputs then have 8 bits instead
+// of 16, for mul1. The error of 8 bits is 0.65 % of the output's RMS, that of coding 6.3 % at 4 bits and 3.2 % at 5: by
 // the squares, 1 % and 4 % of the divergence. Measured on Gemma 3 270M: 0.1 % at 2 and 3 bits, 0.8 % at 4.
 constexpr int FUSED_ROWS = 2, BYTE_INPUTS_TWICE_BITS = 2 * 4;
 constexpr int FUSED_COLUMNS = 4;  // of tiles, that they take at a time: as fast as one at 2 bits, 1.1 times at 4 bits
@@ -257,17 +259,19 @@ struct FusedCall {
   int64_t row_stride, column_stride;               // in words
   int64_t blocks;                                  // of the input
   const int32_t* inputs;                           // [rows, blocks]: what `Fused::arrange` makes of a block
-  const int32_t* totals;                           // [blocks, rows, parts]: sums of the inputs' bytes
+  const int32_t* totals;                           // [blocks, rows, parts]: sums of the inputs' bytes, for mul1
   const float* scales;                             // [blocks, rows]
   float* sums[FUSED_ROWS];                         // each [16 FUSED_COLUMNS]
 };
 using FusedProduct = void (*)(const FusedCall&);
 
-// How an instruction set multiplies one or two rows by a mul1 weight while it decodes it.
+// How an instruction set multiplies one or two rows by a weight while it decodes it.
 struct Fused {
-  FusedProduct (*product)(int twice_bits, int rows, int parts);    // for inputs of so many bytes ("parts")
-  void (*arrange)(const int16_t* whole, int parts, int32_t* to);  // the 128 inputs of a block as the product reads them,
-  int sizes[2];                                                   // of so many dwords for each tile: of one and of two parts
+  bool (*has)(int codebook, int rows);  // which are multiplied faster so than by a weight that was decoded before
+  FusedProduct (*product)(int codebook, int twice_bits, int rows, int parts);  // for inputs of so many bytes ("parts")
+  // The 128 inputs of a block as the product reads them, in so many dwords for each tile: of one and of two parts.
+  void (*arrange)(const int16_t* whole, int codebook, int parts, int32_t* to);
+  int sizes[2];
 };
 
 // One block of a group's rows of the input, times decoded codes.

@@ -187,7 +187,7 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
 }
 
 // [8, planes, INPUTS]: a byte in all four of a dword, or a number of 16 bits in both halves.
-static void arrange_inputs(const int16_t* whole, int parts, int32_t* to) {
+static void arrange_inputs(const int16_t* whole, int, int parts, int32_t* to) {
   int planes = Operations::ARE_BYTES ? parts : 1;
   for (int i = 0; i < BLOCK * planes * 2; ++i) {
     int place = i % INPUTS, plane = i / INPUTS % planes, tile = i / INPUTS / planes;
@@ -203,8 +203,10 @@ static FusedProduct fused_product(int rate, int rows, int parts, std::integer_se
   return PRODUCTS[rate][rows - 1][parts - 1];
 }
 
-static FusedProduct fused_product(int twice_bits, int rows, int parts) {
+static FusedProduct fused_product(int, int twice_bits, int rows, int parts) {
   return fused_product(rate_index(twice_bits), rows, parts, std::make_integer_sequence<int, NUM_RATES>());
 }
 
-constexpr Fused FUSED{fused_product, arrange_inputs, {INPUTS, Operations::ARE_BYTES ? 2 * INPUTS : INPUTS}};
+static bool has_fused(int codebook, int) { return codebook == MUL1; }
+
+constexpr Fused FUSED{has_fused, fused_product, arrange_inputs, {INPUTS, Operations::ARE_BYTES ? 2 * INPUTS : INPUTS}};

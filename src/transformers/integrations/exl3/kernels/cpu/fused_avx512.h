@@ -12,15 +12,20 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// One or two rows and a mul1 weight, with AVX-512 VNNI and VBMI: the bytes of a product with the codebook's multiplier are
-// added up and multiplied by the input in one instruction, so that no code is ever stored. For 16 codes, of 16 columns and one
-// row, whose states are cut out as `windows_avx512.h` says:
+// One or two rows, with AVX-512 VNNI and VBMI: what a product with the codebook's multiplier is made of is added up and multiplied
+// by the input in one instruction, so that no code is ever stored. For 16 codes, of 16 columns and one row, whose states are cut
+// out as `windows_avx512.h` says:
 //     vpmulld     the state times the multiplier,
-//     vpdpbusd    the sum of its bytes times the input's byte, which is in all four places of a dword.
-// `fused.h` does the same on vectors of 128 and 256 bits.
+//   and for mul1
+//     vpdpbusd    the sum of its bytes times the input's byte, which is in all four places of a dword,
+//   for the others (3inst after vpaddd)
+//     vpternlogd  the mantissas of both halves,
+//     vpsrlw, vpermi2w   the powers of two that belong to them, from a table of their products with the input,
+//     vpdpwssd    the sum of their products.
+// `fused.h` does mul1's on vectors of 128 and 256 bits.
 
 // The codes of one step of FUSED_COLUMNS tiles, times the input of the row that they are of.
-template <int RATE, int ROWS, int PARTS, int STEP>
+template <int RATE, int BOOK, int ROWS, int PARTS, int STEP>
 static inline void fused_step(const int16_t* const (&tiles)[FUSED_COLUMNS], const int32_t* const (&inputs)[ROWS],
                               Words (&windows)[FUSED_COLUMNS], Words (&sums)[FUSED_COLUMNS][ROWS][PARTS]) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
@@ -30,24 +35,39 @@ static inline void fused_step(const int16_t* const (&tiles)[FUSED_COLUMNS], cons
   Words input[ROWS][PARTS];
   for (int row = 0; row < ROWS; ++row)
     for (int part = 0; part < PARTS; ++part) input[row][part] = _mm512_set1_epi32(inputs[row][part * TILE + FEATURE]);
+  if constexpr (BOOK == MUL1) {
 #pragma GCC unroll 4
-  for (int i = 0; i < FUSED_COLUMNS; ++i) {
-    Words product = multiply(state<RATE, STEP>(windows[i]), MULTIPLIERS[MUL1]);
-    for (int row = 0; row < ROWS; ++row)
-      for (int part = 0; part < PARTS; ++part)
-        sums[i][row][part] = _mm512_dpbusd_epi32(sums[i][row][part], product, input[row][part]);
+    for (int i = 0; i < FUSED_COLUMNS; ++i) {
+      Words product = product_of<BOOK>(state<RATE, STEP>(windows[i]));
+      for (int row = 0; row < ROWS; ++row)
+        for (int part = 0; part < PARTS; ++part)
+          sums[i][row][part] = _mm512_dpbusd_epi32(sums[i][row][part], product, input[row][part]);
+    }
+  } else {
+    Words positive[ROWS], negatives[ROWS];
+    for (int row = 0; row < ROWS; ++row) {
+      positive[row] = _mm512_mullo_epi16(load(POWERS), input[row][0]);
+      negatives[row] = negative(positive[row]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < FUSED_COLUMNS; ++i) {
+      Words product = product_of<BOOK>(cut_state<RATE, STEP>(windows[i])), mantissas = mantissas_of(product);
+      for (int row = 0; row < ROWS; ++row)
+        sums[i][row][0] =
+            _mm512_dpwssd_epi32(sums[i][row][0], mantissas, powers_of(product, positive[row], negatives[row]));
+    }
   }
 }
 
-template <int RATE, int ROWS, int PARTS, int... STEP>
+template <int RATE, int BOOK, int ROWS, int PARTS, int... STEP>
 static inline void fused_tiles(const int16_t* const (&tiles)[FUSED_COLUMNS], const int32_t* const (&inputs)[ROWS],
                                Words (&sums)[FUSED_COLUMNS][ROWS][PARTS], std::integer_sequence<int, STEP...>) {
   Words windows[FUSED_COLUMNS];
-  (fused_step<RATE, ROWS, PARTS, STEP>(tiles, inputs, windows, sums), ...);
+  (fused_step<RATE, BOOK, ROWS, PARTS, STEP>(tiles, inputs, windows, sums), ...);
 }
 
-// `Fused::product` for inputs of PARTS bytes.
-template <int RATE, int ROWS, int PARTS>
+// `Fused::product` for inputs of PARTS bytes, or of one number.
+template <int RATE, int BOOK, int ROWS, int PARTS>
 EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
   __m512 total[FUSED_COLUMNS][ROWS];
   for (auto& some : total)
@@ -57,7 +77,8 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
     for (int i = 0; i < FUSED_COLUMNS; ++i)
       for (int row = 0; row < ROWS; ++row)
         for (int part = 0; part < PARTS; ++part)
-          whole[i][row][part] = _mm512_set1_epi32(-UNITS[MUL1].middle * call.totals[(block * ROWS + row) * PARTS + part]);
+          whole[i][row][part] = BOOK == MUL1 ? _mm512_set1_epi32(-UNITS[MUL1].middle * call.totals[(block * ROWS + row) * PARTS + part])
+                                             : _mm512_setzero_si512();
     for (int64_t tile = block * BLOCK_TILES; tile < (block + 1) * BLOCK_TILES; ++tile) {
       const int16_t* tiles[FUSED_COLUMNS];
       const int32_t* input[ROWS];
@@ -67,7 +88,7 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
       }
       for (int row = 0; row < ROWS; ++row)
         input[row] = call.inputs + (row * call.blocks * BLOCK_TILES + tile) * PARTS * TILE;
-      fused_tiles<RATE, ROWS, PARTS>(tiles, input, whole, std::make_integer_sequence<int, Windows<RATE>::STEPS>());
+      fused_tiles<RATE, BOOK, ROWS, PARTS>(tiles, input, whole, std::make_integer_sequence<int, Windows<RATE>::STEPS>());
     }
     for (int i = 0; i < FUSED_COLUMNS; ++i)
       for (int row = 0; row < ROWS; ++row) {
@@ -82,22 +103,28 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
     for (int row = 0; row < ROWS; ++row) _mm512_storeu_ps(call.sums[row] + i * TILE, total[i][row]);
 }
 
-// Each byte of an input in all four of a dword [8, parts, 16].
-static void arrange_inputs(const int16_t* whole, int parts, int32_t* to) {
+// [8, parts, 16]: a byte in all four of a dword, or a number in both halves.
+static void arrange_inputs(const int16_t* whole, int codebook, int parts, int32_t* to) {
   for (int i = 0; i < BLOCK; ++i)
     for (int part = 0; part < parts; ++part)
-      to[(i / TILE * parts + part) * TILE + i % TILE] = four_bytes(byte_of(whole[i], part, parts));
+      to[(i / TILE * parts + part) * TILE + i % TILE] =
+          codebook == MUL1 ? four_bytes(byte_of(whole[i], part, parts)) : int32_t(uint16_t(whole[i]) * 0x00010001u);
 }
 
 template <int... I>
-static FusedProduct fused_product(int rate, int rows, int parts, std::integer_sequence<int, I...>) {
-  static constexpr FusedProduct PRODUCTS[][2][2] = {{{fused_columns<RATES[I], 1, 1>, fused_columns<RATES[I], 1, 2>},
-                                                     {fused_columns<RATES[I], 2, 1>, fused_columns<RATES[I], 2, 2>}}...};
-  return PRODUCTS[rate][rows - 1][parts - 1];
+static FusedProduct fused_product(int codebook, int rate, int rows, int parts, std::integer_sequence<int, I...>) {
+  static constexpr FusedProduct OF_BYTES[][2][2] = {
+      {{fused_columns<RATES[I], MUL1, 1, 1>, fused_columns<RATES[I], MUL1, 1, 2>},
+       {fused_columns<RATES[I], MUL1, 2, 1>, fused_columns<RATES[I], MUL1, 2, 2>}}...};
+  static constexpr FusedProduct OTHERS[][2] = {
+      {fused_columns<RATES[I], THREE_INST, 1, 1>, fused_columns<RATES[I], MCG, 1, 1>}...};
+  return codebook == MUL1 ? OF_BYTES[rate][rows - 1][parts - 1] : OTHERS[rate][codebook == MCG];
 }
 
-static FusedProduct fused_product(int twice_bits, int rows, int parts) {
-  return fused_product(rate_index(twice_bits), rows, parts, std::make_integer_sequence<int, NUM_RATES>());
+static FusedProduct fused_product(int codebook, int twice_bits, int rows, int parts) {
+  return fused_product(codebook, rate_index(twice_bits), rows, parts, std::make_integer_sequence<int, NUM_RATES>());
 }
 
-constexpr Fused FUSED{fused_product, arrange_inputs, {TILE, 2 * TILE}};
+static bool has_fused(int codebook, int rows) { return codebook == MUL1 || rows == 1; }
+
+constexpr Fused FUSED{has_fused, fused_product, arrange_inputs, {TILE, 2 * TILE}};

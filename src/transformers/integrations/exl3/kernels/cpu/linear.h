@@ -18,8 +18,8 @@
 // 128 features with a scale of its own, and multiplied with codes, which values are before they are rounded to fp16. The sums
 // of a block are exact. Both errors are at most 5e-4 of the result, a quarter of what rounding it to bf16 adds.
 //
-// One or two rows and a mul1 weight ("fused") have inputs of 8 bits or of two bytes. Instruction sets that have a `Fused`
-// multiply them while they decode, the same bytes as otherwise.
+// For one or two rows and a mul1 weight, inputs have 8 bits or two bytes. Instruction sets that have a `Fused` multiply one or
+// two rows while they decode, the same bytes as otherwise.
 
 constexpr int EXACT_SHARING = 16;              // fp32 rows that share the decoding
 constexpr int MOST_ROWS = GROUP * SHARING;     // that do
@@ -27,12 +27,12 @@ constexpr int PATTERN = LANES_OF_TILE;         // exact inputs of a tile in the 
 
 struct Linear {
   const LinearCall& call;
-  const bool exact, fused;
+  const bool exact, of_bytes;      // whether the rows are fp32, and inputs bytes
   const int64_t blocks, columns;   // of the input, of tiles
   const int64_t groups, chunks;    // of rows that are multiplied together, of groups that share the decoding
   const int64_t width;             // columns of tiles that a thread takes at a time
-  const int parts;                 // bytes of an input, where it is fused
-  const Fused* const with;         // what that is done with, null for nothing
+  const int parts;                 // bytes of an input, where it is of bytes, otherwise one
+  const Fused* const with;         // what multiplies while it decodes, null for nothing
   const int inputs;                // dwords of a tile's inputs for it
   const Decoder decode;
   const CodeUnits units;
@@ -48,14 +48,14 @@ struct Linear {
   Linear(const LinearCall& call, int64_t width, const Fused* fused_with)
       : call(call),
         exact(call.x.dtype == FLOAT32),
-        fused(is_fused(call)),
+        of_bytes(is_few(call) && call.trellis.codebook == MUL1),
         blocks(call.trellis.in_tiles / BLOCK_TILES),
         columns(call.trellis.out_tiles),
         groups(groups_of(call)),
         chunks(chunks_of(call)),
         width(width),
-        parts(has_byte_inputs(call.trellis.twice_bits) ? 1 : 2),
-        with(fused ? fused_with : nullptr),
+        parts(!of_bytes || has_byte_inputs(call.trellis.twice_bits) ? 1 : 2),
+        with(is_few(call) && fused_with && fused_with->has(call.trellis.codebook, int(call.rows)) ? fused_with : nullptr),
         inputs(with ? with->sizes[parts - 1] : 0),
         decode(exact ? decoder<StreamOrder>(call.trellis.twice_bits, call.trellis.codebook)
                      : decoder<RowsOrder>(call.trellis.twice_bits, call.trellis.codebook)),
@@ -63,7 +63,7 @@ struct Linear {
         sums(width < BLOCK_TILES ? call.rows * columns * TILE : 0),
         values(exact ? call.rows * call.trellis.in_tiles * PATTERN : 0),
         arranged(call.rows * call.trellis.in_tiles * inputs),
-        byte_totals(with ? call.rows * blocks * parts : 0),
+        byte_totals(with && of_bytes ? call.rows * blocks * parts : 0),
         whole(exact || with ? 0 : call.rows * call.trellis.in_tiles * ROW_INPUTS),
         scales(exact ? 0 : call.rows * blocks),
         totals(exact ? 0 : call.rows * blocks),
@@ -74,9 +74,7 @@ struct Linear {
   int64_t preparations() const { return groups * blocks; }
   int64_t products() const { return chunks * columns / width; }
 
-  static bool is_fused(const LinearCall& call) {
-    return call.rows <= FUSED_ROWS && call.trellis.codebook == MUL1 && call.x.dtype != FLOAT32;
-  }
+  static bool is_few(const LinearCall& call) { return call.rows <= FUSED_ROWS && call.x.dtype != FLOAT32; }
   static bool has_byte_inputs(int twice_bits) {
     int wanted = input_bits_wanted();
     return wanted ? wanted == 8 : twice_bits <= BYTE_INPUTS_TWICE_BITS;
@@ -145,17 +143,17 @@ struct Linear {
   }
 
   float scale_of(const float* data, float largest) const {
-    if (fused) return largest / float(parts == 1 ? LARGEST_BYTE : LARGEST_TWO_BYTES);
-    float scale = largest / float(LARGEST_INPUT);
-    if (largest_inputs(units) >= BLOCK * LARGEST_INPUT) return scale;
+    if (of_bytes) return largest / float(parts == 1 ? LARGEST_BYTE : LARGEST_TWO_BYTES);
+    float scale = largest / float(units.largest_input);
+    if (largest_inputs(units) >= BLOCK * units.largest_input) return scale;
     double total = 0;
     for (int i = 0; i < BLOCK; ++i) total += std::fabs(data[i]);
     return std::max(scale, float(total / largest_inputs(units)));
   }
 
   void arrange(const int16_t* rounded, int64_t row, int64_t block) const {
-    with->arrange(rounded, parts, arranged.data + (row * blocks + block) * BLOCK_TILES * inputs);
-    for (int part = 0; part < parts; ++part) {
+    with->arrange(rounded, call.trellis.codebook, parts, arranged.data + (row * blocks + block) * BLOCK_TILES * inputs);
+    for (int part = 0; of_bytes && part < parts; ++part) {
       int32_t total = 0;
       for (int i = 0; i < BLOCK; ++i) total += byte_of(rounded[i], part, parts);
       byte_totals.data[(block * call.rows + row) * parts + part] = total;
@@ -196,7 +194,7 @@ struct Linear {
   }
 
   void multiply_fused(const Part& part) const {
-    FusedProduct product = with->product(call.trellis.twice_bits, int(part.rows), parts);
+    FusedProduct product = with->product(call.trellis.codebook, call.trellis.twice_bits, int(part.rows), parts);
     for (int64_t i = 0; i < width; i += FUSED_COLUMNS) {
       FusedCall some{call.trellis.data + (part.column + i) * call.trellis.column_stride, call.trellis.row_stride,
                      call.trellis.column_stride, blocks, arranged.data, byte_totals.data, scales.data, {}};
@@ -301,7 +299,7 @@ static void multiply(const LinearCall* calls, int64_t count, int threads, const 
   std::vector<std::unique_ptr<Linear>> products;
   for (int64_t i = 0; i < count; ++i)
     products.emplace_back(
-        new Linear(calls[i], !is_small ? BLOCK_TILES : Linear::is_fused(calls[i]) ? FUSED_COLUMNS : COLUMNS, fused));
+        new Linear(calls[i], !is_small ? BLOCK_TILES : Linear::is_few(calls[i]) ? FUSED_COLUMNS : COLUMNS, fused));
   for_each_part(products, in_blocks < FEW ? 1 : threads, [](const Linear& product) { return product.preparations(); },
                 [](const Linear& product, int64_t index) { product.prepare(index); });
   for_each_part(products, threads, [](const Linear& product) { return product.products(); },

@@ -21,7 +21,7 @@ from ...hadamard import hadamard
 
 FUSED_ROWS = 2  # up to which a mul1 weight has inputs of 8 bits, or of two bytes that are signed numbers each
 FUSED_INPUTS = {8: 127, 16: 127 * 256 + 127}
-LARGEST_INPUT = 32767
+LARGEST_INPUT = {"mul1": 32767, "mcg": 4095, "3inst": 4095}
 # What a code stands for before it is rounded to fp16: `STEP * code + START`. Of mul1 it is the sum of four bytes, less the
 # middle of all such sums, of the others the sum of two fp16 numbers in units of 2**-13.
 STEP = {"mul1": 0.00676727294921875, "mcg": 2**-13, "3inst": 2**-13}
@@ -44,7 +44,7 @@ def scales_of(blocks: torch.Tensor, codebook: str, fused: int | None) -> torch.T
     # So that products of the inputs, each rounded by up to a half, and of codes add up to less than 2**31.
     largest_sum = (2**31 - 1) // LARGEST_CODE[codebook] - format.BLOCK // 2 - 2
     sums = (blocks.double().abs().sum(-1) / largest_sum).float()
-    return torch.maximum(blocks.abs().amax(-1) / LARGEST_INPUT, sums)
+    return torch.maximum(blocks.abs().amax(-1) / LARGEST_INPUT[codebook], sums)
 
 
 def linear(

@@ -138,16 +138,18 @@ static inline Words sum_bytes(Words a) {
 
 // The sum of the two fp16 numbers that the 3inst and mcg codebooks make of a product, in units of 2**-13, exact: each is
 // (1024 + mantissa) << n for its two exponent bits, of which the upper one is flipped.
-static inline Words sum_halves(Words product) {
-  alignas(64) static constexpr int16_t POWERS[64] = {
-      4,  8,  1,  2,  4,  8,  1,  2,  4,  8,  1,  2,  4,  8,  1,  2,  4,  8,  1,  2,  4,  8,
-      1,  2,  4,  8,  1,  2,  4,  8,  1,  2,  -4, -8, -1, -2, -4, -8, -1, -2, -4, -8, -1, -2,
-      -4, -8, -1, -2, -4, -8, -1, -2, -4, -8, -1, -2, -4, -8, -1, -2, -4, -8, -1, -2};
-  Words powers = _mm512_permutex2var_epi16(load(POWERS), _mm512_srli_epi16(product, 10), load(POWERS + 32));
+alignas(64) static constexpr int16_t POWERS[32] = {4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2,
+                                                   4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2};
+static inline Words negative(Words a) { return _mm512_sub_epi16(_mm512_setzero_si512(), a); }
+static inline Words powers_of(Words product, Words positive, Words negative) {
+  return _mm512_permutex2var_epi16(positive, _mm512_srli_epi16(product, 10), negative);
+}
+static inline Words mantissas_of(Words product) {
   constexpr int AND_XOR = 0x6A;
-  Words mantissas =
-      _mm512_ternarylogic_epi32(product, _mm512_set1_epi16(0x3FF), _mm512_set1_epi16(MANTISSA_FLIPS | HIDDEN_BIT), AND_XOR);
-  return _mm512_madd_epi16(mantissas, powers);
+  return _mm512_ternarylogic_epi32(product, _mm512_set1_epi16(0x3FF), _mm512_set1_epi16(MANTISSA_FLIPS | HIDDEN_BIT), AND_XOR);
+}
+static inline Words sum_halves(Words product) {
+  return _mm512_madd_epi16(mantissas_of(product), powers_of(product, load(POWERS), negative(load(POWERS))));
 }
 
 static inline void store_codes(int16_t* to, Words even, Words odd) {

@@ -19,8 +19,11 @@
 //                          weight one has two codes),
 //   and for each of the four, all of one row of the weight ("step"):
 //     vpsrld / vpsrlvd     its state, which is the last 16 bits of the stream up to its end,
-//     vpandd               without what stands above.
-// On Zen 4 the multishift that `vectors_avx512.h` cuts states out with shares a pipe with the products, shifts do not.
+//     vpandd               without what stands above,
+//   or both at once:
+//     vpmultishiftqb.
+// On Zen 4 a multishift is done where products are, and shifts where shuffles are: mul1's codes take few shuffles, the others
+// some.
 
 template <int RATE>
 struct Windows {
@@ -46,6 +49,7 @@ struct Windows {
   uint64_t is_upper[STEPS / 2] = {};             // which of them are behind the first 128
   alignas(64) uint32_t shifts[STEPS][16] = {};
   bool is_uniform[STEPS] = {};  // whether all lanes shift alike
+  alignas(64) uint8_t bits[STEPS][64] = {};  // of a qword, where the two bytes of a state start
 
   constexpr Windows() : states(has_four() ? 4 : 2) {
     for (int step = 0; step < STEPS; ++step) {
@@ -53,6 +57,7 @@ struct Windows {
       for (int lane = 0; lane < 16; ++lane) {
         shifts[step][lane] = uint32_t(shift(step, lane, states));
         is_uniform[step] = is_uniform[step] && shifts[step][lane] == shifts[step][0];
+        for (int i = 0; i < 2; ++i) bits[step][4 * lane + i] = uint8_t(shifts[step][lane] + 8 * i + lane % 2 * 32);
         int behind = (end(code(last(step, states), lane)) + 7) / 8, window = step / states;
         for (int i = 0; i < 4; ++i) {
           int byte = (behind - 1 - i + BYTES) % BYTES, place = byte / 4 * 4 + 3 - byte % 4;
@@ -101,4 +106,11 @@ static inline Words state(Words window) {
   if constexpr (!all.is_uniform[STEP]) shifted = _mm512_srlv_epi32(window, load(all.shifts[STEP]));
   else if constexpr (all.shifts[STEP][0] != 0) shifted = _mm512_srli_epi32(window, all.shifts[STEP][0]);
   return _mm512_and_si512(shifted, _mm512_set1_epi32(0xFFFF));
+}
+
+// The same by a multishift.
+template <int RATE, int STEP>
+static inline Words cut_state(Words window) {
+  constexpr __mmask64 LOW_HALVES = 0x3333333333333333;
+  return _mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(WINDOWS<RATE>.bits[STEP]), window);
 }
