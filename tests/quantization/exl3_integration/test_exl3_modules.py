@@ -193,6 +193,10 @@ class Exl3ModulesTest(unittest.TestCase):
         # The sentinel of expert parallelism, and experts that no token is routed to.
         nobody = torch.full_like(index, own.num_experts)
         torch.testing.assert_close(module(x, nobody, weights), torch.zeros_like(x), rtol=0, atol=0)
+        torch.testing.assert_close(module(x, -1 - index, weights), torch.zeros_like(x), rtol=0, atol=0)
+        for narrow in (x[:, :-1], torch.randn(100, hidden - 1)):
+            with self.assertRaisesRegex(ValueError, f"{hidden - 1}"):
+                module(narrow, index[:1].expand(len(narrow), -1), torch.ones(len(narrow), 2))
         only = torch.zeros_like(index[:, :1])
         alone = module(x, only, weights[:, :1])
         self.assertLess(error(alone, plain(x, only, weights[:, :1])), 1e-5)

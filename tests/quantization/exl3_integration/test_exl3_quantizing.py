@@ -329,6 +329,15 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual((signs.dtype, list(signs.shape)), (torch.float16, [1, 256]))
         self.assertNotIn(f"{path}.weight", tensors)
         torch.testing.assert_close(outputs(loaded, name), result, rtol=0, atol=0)
+        if kinds[1] is Exl3TiedHead:  # follows the table that a state brings, in each copy by itself
+            other, state = copy.deepcopy(loaded), loaded.state_dict()
+            other.load_state_dict(
+                {key: value.flip(0) if key.endswith(".trellis") else value for key, value in state.items()}
+            )
+            torch.testing.assert_close(outputs(loaded, name), result, rtol=0, atol=0)
+            weight = other.get_input_embeddings().dequantized("weight")
+            torch.testing.assert_close(other.get_output_embeddings().weight, weight, rtol=0, atol=0)
+            self.assertGreater(error(weight, table), 0.1)
         plain = loaded.dequantize()
         self.assertLess(error(plain.get_input_embeddings().weight, table), 0.006)
         self.assertLess(error(outputs(plain, name), result), 1e-5)

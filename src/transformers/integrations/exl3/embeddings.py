@@ -133,7 +133,7 @@ class Exl3TiedHead(Exl3Module, nn.Linear):
         self.register_buffer("weight", weight, persistent=False)
 
     def decode(self, table: nn.Module):
-        """Take the weight from the quantized `table`, once its tensors are there."""
+        """Take the weight from the quantized `table`, once its tensors are there, and when `load_state_dict` gives it others."""
         if not isinstance(table, Exl3Embedding):
             raise ValueError(
                 "The head is tied to quantized embeddings, and the checkpoint lacks these: leave `embedding_bits` unset."
@@ -143,6 +143,10 @@ class Exl3TiedHead(Exl3Module, nn.Linear):
                 "The head is tied to quantized embeddings, which are offloaded to disk: keep them in memory (`device_map`), or "
                 "quantize the model with `head_bits`."
             )
+        self._decode_again(table)
+        table.register_load_state_dict_post_hook(self._decode_again)  # a bound method: copies have one of their own
+
+    def _decode_again(self, table: Exl3Embedding, keys=None):
         table.decode_into(self.weight)
 
     @property

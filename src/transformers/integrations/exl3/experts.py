@@ -56,7 +56,7 @@ class Exl3StackedLinear(Exl3Module):
         self.place_numbers()
         self._packed = grouped.PackedStack()
 
-    scales, codes = Exl3Linear.scales, Exl3Linear.codes
+    scales, codes, check_width = Exl3Linear.scales, Exl3Linear.codes, Exl3Linear.check_width
 
     def forward(self, x: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
         """
@@ -67,7 +67,9 @@ class Exl3StackedLinear(Exl3Module):
         Returns:
             `torch.Tensor`: `[rows, out_features]`, zeros in rows of experts that are not in this stack.
         """
-        tensors = self.codes, *self.scales, self.bias
+        suh, svh = self.scales
+        self.check_width(x, suh)
+        tensors = self.codes, suh, svh, self.bias
         return grouped.grouped_linear(x, self.ranges_of(ranges), *tensors, self.codebook, self.out_features)
 
     def ranges_of(self, ranges: torch.Tensor) -> torch.Tensor:
@@ -317,14 +319,14 @@ class Exl3Experts(Exl3Module):
         if not is_direct or len(self._modules) > len(self.roles):
             return None
         packed = {role: self._modules[f"stacked_{role}"].packed() for role in self.roles}
-        few, end = ops.most_rows(x), ranges[-1, 1].item()
+        few, (begin, end) = ops.most_rows(x), (ranges[0, 0].item(), ranges[-1, 1].item())
         if not all(packed.values()) or (end > few and (ranges[:, 1] - ranges[:, 0]).max() > few):
             return None
 
         def multiply(roles, x, places=None):
             y = x.new_empty(len(rows), len(roles), packed[roles[0]][0][1].out_features)
-            if end < len(rows):
-                y[end:] = 0  # of no expert
+            if begin or end < len(rows):
+                y[:begin], y[end:] = 0, 0  # of no expert
             products = [
                 (stack, own.ranges_of(ranges), y[:, index])
                 for index, role in enumerate(roles)

@@ -303,7 +303,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
 
     def check_width(self, x: torch.Tensor, suh: torch.Tensor):
         """Raise `ValueError` where `x` `[..., in_features]` is of another width; operators see but the one with padding."""
-        width = min(self.in_features, suh.shape[0])  # of a divided layer the part that this process has
+        width = min(self.in_features, suh.shape[-1])  # of a divided layer the part that this process has
         if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(f"EXL3 linear: the input is {x.dtype} {[*x.shape]}, the layer has {width} input features")
 
