@@ -279,7 +279,7 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..integrations.exl3.calibration import calibrate
 
         def calibrate_at(paths):
-            rows, columns = calibrate(model, paths, config, self.progress)
+            rows, columns = calibrate(model, paths, config, self.progress, self.plan)
             config.converter_fields[CALIBRATION] = {"rows": rows, "cols": columns}
 
         return calibrate_at

@@ -19,7 +19,8 @@ class Exl3Config(QuantizationConfigMixin):
         bits (`float`, *optional*, defaults to 4.0):
             Average bits per weight of the quantized layers that `overrides` does not name, the head not counted, from 1
             to 8. An average that is no rate of the format (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8; halves with the mul1
-            codebook only) is met by giving small layers higher rates than large ones.
+            codebook only) is met by giving small layers higher rates than large ones. With a `dataset`, any average between 1 and 8
+            is spent where errors count most, which is measured on it: `overrides={"*": 3}` gives all layers one rate.
         head_bits (`float`, *optional*):
             Bits per weight of the output embeddings: one of the rates, or 16 for not quantized. Unset, the head stays
             as it is when a model is quantized. A head that is tied to the input embeddings and quantized becomes a

@@ -341,7 +341,7 @@ class Exl3CalibrationTest(unittest.TestCase):
             torch.testing.assert_close(found.hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
 
     def test_the_text_is_read_once_up_to_the_head(self):
-        """After one window alone, which tells what is of the batch."""
+        """After one window alone, which tells what is of the batch. What bits are spent by is measured before."""
         forward = LlamaForCausalLM.forward
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -349,8 +349,8 @@ class Exl3CalibrationTest(unittest.TestCase):
             mock.patch.object(calibration, "_stop", side_effect=calibration._HeadReached) as stop,
         ):
             self.quantized("llama", folder)
-        self.assertEqual((call.call_count, stop.call_count), (2, 2))
-        for args, expected in zip(call.call_args_list, (some_rows()[:1], some_rows() * 2)):
+        self.assertEqual((call.call_count, stop.call_count), (3, 2))
+        for args, expected in zip(call.call_args_list, (some_rows(), some_rows()[:1], some_rows() * 2)):
             self.assertEqual(args.kwargs["use_cache"], False)
             self.assertEqual(args.kwargs["input_ids"].tolist(), expected)
 
@@ -367,7 +367,7 @@ class Exl3CalibrationTest(unittest.TestCase):
     def test_overrides_parts_and_embeddings_go_with_data(self):
         with tempfile.TemporaryDirectory() as folder:
             model, _, _ = self.quantized(
-                "phi3", folder, overrides={"*.q_proj": 4, "*.down_proj": 16}, embedding_bits=6
+                "phi3", folder, overrides={"*": 2, "*.q_proj": 4, "*.down_proj": 16}, embedding_bits=6
             )
         layer = model.model.layers[0]
         self.assertEqual((layer.self_attn.qkv_proj.q_proj.bits, layer.self_attn.qkv_proj.k_proj.bits), (4, 2))
@@ -426,9 +426,9 @@ class Exl3CalibrationTest(unittest.TestCase):
 
     def test_the_mode_for_inference_makes_no_difference(self):
         with tempfile.TemporaryDirectory() as folder:
-            expected = self.quantized("llama", folder)[0].state_dict()
+            expected = self.quantized("llama", folder, overrides={"*": 2})[0].state_dict()
             with torch.inference_mode():
-                found = self.quantized("llama", folder)[0].state_dict()
+                found = self.quantized("llama", folder, overrides={"*": 2})[0].state_dict()
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     def test_activations_that_are_not_finite_are_named(self):

@@ -37,6 +37,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
 | finished, text                                 | where quantized layers go, memory or files; the tokens that data are   |
 | quantizing                                     | a float model's tensors on their way                                   |
+| sensitivity                                    | what errors of each layer count: where bits are spent with data        |
 | calibration                                    | a float model with data: quantized while it reads                      |
 | conversion                                     | what a conversion has of its own while it is not finished              |
 | convert                                        | a float checkpoint to an EXL3 checkpoint, in files all along           |

@@ -26,33 +26,38 @@ PLAIN = 16  # the rate that stands for a weight that is not quantized
 SUGGESTIONS = 3
 
 
-def allocate_bits(sizes: dict[str, int], bits: float, codebook: str) -> dict[str, float]:
+def allocate_bits(
+    sizes: dict[str, int], bits: float, codebook: str, noises: dict[str, float] | None = None
+) -> dict[str, float]:
     """
     Choose a rate for each group of tensors so that the average is as close to `bits` as it gets without passing it.
 
-    The rule needs no data. Coding at `K` bits adds noise of about `4^-K` of a tensor's energy, and what a linear map passes
-    on of it does not depend on the map's size: a bit costs as many bits as a group has weights and takes the same share of
-    its noise. So every group starts at the largest rate that `bits` covers, and what is left is spent, step by step, where
-    it takes most noise per bit: on small groups first, among equal ones on those near the ends of the list, where models
-    are most sensitive.
+    Coding at `K` bits adds noise of about `4^-K` of a tensor's energy. What that counts is measured where there is data: every
+    group starts at the lowest rate, and bits are spent, step by step, where they take most noise each.
+
+    Without data, what a linear map passes on of its noise does not depend on the map's size: a bit costs as many bits as a
+    group has weights and takes the same share. So every group starts at the largest rate that `bits` covers, and what is left is
+    spent in the same way: on small groups first, among equal ones on those near the ends of the list, where models are most
+    sensitive.
 
     Args:
         sizes (`dict[str, int]`): Number of weights of each group, in the order of the model.
         bits (`float`): The average to meet, in bits per weight, from 1 to 8.
         codebook (`str`): One of `format.CODEBOOKS`; only mul1 has half-integer rates.
+        noises (`dict[str, float]`, *optional*): What noise of its energy counts in each group, with any common factor.
 
     Returns:
         `dict[str, float]`: Bits per weight of each group.
     """
     rates = [rate for rate in format.BITS if codebook == "mul1" or rate == int(rate)]
-    floor = max(index for index, rate in enumerate(rates) if rate <= bits)
+    floor = max(index for index, rate in enumerate(rates) if rate <= bits) if noises is None else 0
     budget = (bits - rates[floor]) * sum(sizes.values())
     level = dict.fromkeys(sizes, floor)
 
     def candidate(position, name):
         now, then = rates[level[name]], rates[level[name] + 1]
         cost = (then - now) * sizes[name]
-        gain = (4.0**-now - 4.0**-then) / cost
+        gain = (noises[name] if noises else 1.0) * (4.0**-now - 4.0**-then) / cost
         return (-gain, min(position, len(sizes) - 1 - position), position, name, cost)
 
     queue = [candidate(*item) for item in enumerate(sizes)] if rates[floor] < bits else []

@@ -28,14 +28,17 @@ from torch import nn
 from ...utils import logging
 from .experts import Exl3Experts
 from .feedback import Moments
+from .finished import layers
 from .modules import Exl3Module
 from .progress import Progress
 from .quantizing import late_parameters, put, quantize_in_place, settle
+from .sensitivity import sensitivities
 from .text import windows_of
 
 
 logger = logging.get_logger(__name__)
 
+MEASURED = "measured for bits"  # among the layers that are kept, none of which has spaces in its name
 MOMENT_ROWS = 1 << 12  # as many rows of activations are in fp32 at a time
 
 
@@ -43,7 +46,7 @@ class _HeadReached(Exception):
     """Nothing after the head's input is of interest, and logits for all tokens would take gigabytes."""
 
 
-def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) -> tuple[int, int]:
+def calibrate(model: nn.Module, paths: list[str], config, progress: Progress, plan) -> tuple[int, int]:
     """
     Quantize the modules at `paths` with data, as far as text reaches them.
 
@@ -52,6 +55,7 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
         paths (`list[str]`): Of modules that wait for weights which have come.
         config (`Exl3Config`): Tells the data.
         progress (`Progress`): Of the model.
+        plan (`Plan`): Of the model. Where it leaves a choice, bits are spent by what text tells.
 
     Returns:
         `tuple(int, int)`: Rows and columns of the data: how many windows, of how many tokens each.
@@ -63,6 +67,10 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
     for path, module in modules.items():
         put(model, path, module.with_plain(_plain_parameters(model, path, module)))
     ids = windows_of(model, config)
+    if plan.leaves_choice:
+        head = model.get_output_embeddings()
+        choices = {path: module for path, module in modules.items() if model.get_submodule(path) is not head}
+        plan.spend(_sensitivities(model, choices, ids, config.calibration_seed))
     run = _Pass(model, modules, progress, ids)
     try:
         run.forward()
@@ -82,6 +90,28 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress) ->
             f"{', '.join(missed[:3])}{', ...' if len(missed) > 3 else ''}."
         )
     return tuple(ids.shape)
+
+
+def _sensitivities(model: nn.Module, modules: dict[str, Exl3Module], ids: torch.Tensor, seed: int) -> dict[str, float]:
+    """What `sensitivities` measures. With the layers it is kept: those that were quantized before have rates that go by it."""
+    kept = layers().find(MEASURED)
+    if kept is None:
+        found = sensitivities(model, modules, lambda some: _arguments(model, some), ids, seed)
+        kept = layers().keep(
+            MEASURED, {unit: torch.tensor(value, dtype=torch.float64) for unit, value in found.items()}
+        )
+    return {unit: float(value) for unit, value in kept.items()}
+
+
+def _arguments(model: nn.Module, ids: torch.Tensor) -> dict:
+    """What has `model` read `ids` `[windows, length]`."""
+    ids = ids.to(next(model.get_input_embeddings().parameters()).device)
+    arguments = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = ids
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    return arguments
 
 
 @torch.no_grad()
@@ -153,15 +183,8 @@ class _Pass:
 
     @torch.no_grad()
     def _read(self, ids: torch.Tensor):
-        ids = ids.to(next(self.model.get_input_embeddings().parameters()).device)
-        takes = inspect.signature(self.model.forward).parameters
-        inputs = {"input_ids": ids}
-        if self.model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
-        if "use_cache" in takes:
-            inputs["use_cache"] = False
         try:
-            self.model(**inputs)
+            self.model(**_arguments(self.model, ids))
         except _HeadReached:
             pass
 

@@ -19,6 +19,7 @@ from ...conversion_mapping import get_model_conversion_mapping
 from ...core_model_loading import WeightConverter, apply_converters
 from ...quantizers.quantizers_utils import should_convert_module
 from ...utils import logging
+from . import format
 from .allocation import PLAIN, allocate_bits, override_bits, table_of_bits
 from .architecture import (
     EXPERT_ROLES,
@@ -60,6 +61,7 @@ class Plan:
         tied_heads (`dict[str, str]`): Output embeddings to be quantized whose weight is another parameter's: path to name.
         has_tied_head (`bool`): Whether the output embeddings stay tied to the input embeddings, which are quantized.
         weights (`int`): How many weights there are to quantize.
+        leaves_choice (`bool`): Whether there is data by which `spend` is to choose rates.
 
     Raises:
         `ValueError`: Where there is nothing to quantize, a name or an override means no module, or the head cannot be quantized
@@ -67,7 +69,8 @@ class Plan:
     """
 
     def __init__(self, model, config, skip: list[str]):
-        self.model, self.codebook = model, config.codebook
+        self.model, self.codebook, self._average = model, config.codebook, config.bits
+        self._free: dict[str, tuple[str, str]] = {}  # paths and parts, by names, whose rates no override tells
         self.modules: dict[str, Exl3Module] = {}
         self.names: dict[str, str] = {}
         self.stacks: dict[str, list[str]] = {}
@@ -129,9 +132,39 @@ class Plan:
             self.modules[path] = module = self._build(path, bits)
             module.wait_for_plain()
         self.weights = sum(sum(sizes[path].values()) for path in self.bits)
+        self._sizes_of = {_join(path, part): size for path in sizes for part, size in sizes[path].items()}
+        is_between = format.BITS[0] < config.bits < format.BITS[-1]
+        self.leaves_choice = config.dataset is not None and is_between and len(self._free) > 1
+        if not self.leaves_choice:
+            self._log()
+
+    def spend(self, noises: dict[str, float]):
+        """
+        Give modules that still wait other rates, with the same average.
+
+        Args:
+            noises (`dict[str, float]`): What noise counts, by path and part. Those that lack share the average among themselves.
+        """
+        known, others = ([unit for unit in self._free if (unit in noises) is is_known] for is_known in (True, False))
+        allocated = {}
+        for units, counts in ((known, noises), (others, None)):
+            sizes = {unit: self._sizes_of[unit] for unit in units}
+            allocated |= allocate_bits(sizes, self._average, self.codebook, counts) if sizes else {}
+        for unit, rate in allocated.items():
+            path, part = self._free[unit]
+            self.bits[path][part] = rate
+            module = self.modules[path]
+            if isinstance(module, Exl3Experts):
+                layers = getattr(module, f"stacked_{part}").children()
+            else:
+                layers = [module.get_submodule(part)]
+            for layer in layers:
+                layer.bits = rate
+        self._log()
+
+    def _log(self):
         rates = {_join(path, part): rate for path, parts in self.bits.items() for part, rate in parts.items()}
-        table = table_of_bits(rates, {_join(path, part): size for path in sizes for part, size in sizes[path].items()})
-        logger.info(f"Quantizing {type(model).__name__} to EXL3: {table}")
+        logger.info(f"Quantizing {type(self.model).__name__} to EXL3: {table_of_bits(rates, self._sizes_of)}")
 
     def _sizes(self, path: str) -> dict[str, int]:
         """How many weights each part of the module at `path` has that can have a rate of its own, empty for itself."""
@@ -152,6 +185,12 @@ class Plan:
         above = {path.rsplit(".", up)[0] for path in sizes for up in range(path.count(".") + 1)}
         plain = [path for path in self._paths if path and path not in above]
         overridden = override_bits(config.overrides or {}, units, self.codebook, plain)
+        self._free = {
+            unit: (path, part)
+            for path, parts in sizes.items()
+            for part in parts
+            if (unit := _join(path, part)) not in overridden
+        }
         left = {
             path: sum(size for part, size in parts.items() if _join(path, part) not in overridden)
             for path, parts in sizes.items()
