@@ -163,6 +163,7 @@ class Exl3ConvertedTest(unittest.TestCase):
         with self.assertLogs("transformers", "WARNING") as logs:
             self.assert_loads(checkpoint)
         self.assertRegex("".join(logs.output), rf"lacks {len(lost)} corrections of routers.*original checkpoint")
+        self.assertNotIn("MISSING", "".join(logs.output))  # in the loading report, as newly initialized
 
     def test_other_buffers_that_no_constructor_tells_are_an_error(self):
         model = random_model(ApertusConfig(**TEXT))
