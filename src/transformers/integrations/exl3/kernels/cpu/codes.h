@@ -15,21 +15,21 @@
 // Tiles to the codes that they hold, on the vectors of an instruction set: `format.decode` up to what a code stands for.
 
 template <int BOOK>
-static inline Words product_of(Words states) {
-  Words product = multiply(states, MULTIPLIERS[BOOK]);
+static inline Integers product_of(Integers states) {
+  Integers product = multiply(states, MULTIPLIERS[BOOK]);
   return BOOK == THREE_INST ? add(product, THREE_INST_ADDEND) : product;
 }
 
 template <int RATE, int BOOK>
-static inline Words codes_of(Words states) {
-  Words product = product_of<BOOK>(states);
+static inline Integers codes_of(Integers states) {
+  Integers product = product_of<BOOK>(states);
   if constexpr (BOOK == MUL1) return sum_bytes(product);
   return sum_halves(product);
 }
 
 template <int RATE, int BOOK, int... VECTOR>
 static inline void decode_vectors(const int16_t* tile, int16_t* codes, std::integer_sequence<int, VECTOR...>) {
-  Pairs pairs;
+  EvenAndOdd pairs;
   ((pairs = states<RATE, VECTOR, BOOK>(tile),
     store_codes(codes + VECTOR * CODES, codes_of<RATE, BOOK>(pairs.even), codes_of<RATE, BOOK>(pairs.odd))),
    ...);

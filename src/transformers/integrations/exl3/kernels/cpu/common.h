@@ -267,7 +267,7 @@ using FusedProduct = void (*)(const FusedCall&);
 
 // How an instruction set multiplies one or two rows by a weight while it decodes it.
 struct Fused {
-  bool (*has)(int codebook, int rows);  // which are multiplied faster so than by a weight that was decoded before
+  bool (*has)(int codebook, int rows);  // whether that is faster than to decode the weight first
   FusedProduct (*product)(int codebook, int twice_bits, int rows, int parts);  // for inputs of so many bytes ("parts")
   // The 128 inputs of a block as the product reads them, in so many dwords for each tile: of one and of two parts.
   void (*arrange)(const int16_t* whole, int codebook, int parts, int32_t* to);

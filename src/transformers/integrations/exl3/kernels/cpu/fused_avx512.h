@@ -27,31 +27,31 @@
 // The codes of one step of FUSED_COLUMNS tiles, times the input of the row that they are of.
 template <int RATE, int BOOK, int ROWS, int PARTS, int STEP>
 static inline void fused_step(const int16_t* const (&tiles)[FUSED_COLUMNS], const int32_t* const (&inputs)[ROWS],
-                              Words (&windows)[FUSED_COLUMNS], Words (&sums)[FUSED_COLUMNS][ROWS][PARTS]) {
+                              Integers (&windows)[FUSED_COLUMNS], Integers (&sums)[FUSED_COLUMNS][ROWS][PARTS]) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
   if constexpr (STEP % all.states == 0)
     for (int i = 0; i < FUSED_COLUMNS; ++i) windows[i] = window<RATE, STEP / all.states>(tiles[i]);
   constexpr int FEATURE = row_of(STEP / 4, STEP % 4);
-  Words input[ROWS][PARTS];
+  Integers input[ROWS][PARTS];
   for (int row = 0; row < ROWS; ++row)
     for (int part = 0; part < PARTS; ++part) input[row][part] = _mm512_set1_epi32(inputs[row][part * TILE + FEATURE]);
   if constexpr (BOOK == MUL1) {
 #pragma GCC unroll 4
     for (int i = 0; i < FUSED_COLUMNS; ++i) {
-      Words product = product_of<BOOK>(state<RATE, STEP>(windows[i]));
+      Integers product = product_of<BOOK>(state<RATE, STEP>(windows[i]));
       for (int row = 0; row < ROWS; ++row)
         for (int part = 0; part < PARTS; ++part)
           sums[i][row][part] = _mm512_dpbusd_epi32(sums[i][row][part], product, input[row][part]);
     }
   } else {
-    Words positive[ROWS], negatives[ROWS];
+    Integers positive[ROWS], negatives[ROWS];
     for (int row = 0; row < ROWS; ++row) {
       positive[row] = _mm512_mullo_epi16(load(POWERS), input[row][0]);
       negatives[row] = negative(positive[row]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < FUSED_COLUMNS; ++i) {
-      Words product = product_of<BOOK>(cut_state<RATE, STEP>(windows[i])), mantissas = mantissas_of(product);
+      Integers product = product_of<BOOK>(cut_state<RATE, STEP>(windows[i])), mantissas = mantissas_of(product);
       for (int row = 0; row < ROWS; ++row)
         sums[i][row][0] =
             _mm512_dpwssd_epi32(sums[i][row][0], mantissas, powers_of(product, positive[row], negatives[row]));
@@ -61,8 +61,8 @@ static inline void fused_step(const int16_t* const (&tiles)[FUSED_COLUMNS], cons
 
 template <int RATE, int BOOK, int ROWS, int PARTS, int... STEP>
 static inline void fused_tiles(const int16_t* const (&tiles)[FUSED_COLUMNS], const int32_t* const (&inputs)[ROWS],
-                               Words (&sums)[FUSED_COLUMNS][ROWS][PARTS], std::integer_sequence<int, STEP...>) {
-  Words windows[FUSED_COLUMNS];
+                               Integers (&sums)[FUSED_COLUMNS][ROWS][PARTS], std::integer_sequence<int, STEP...>) {
+  Integers windows[FUSED_COLUMNS];
   (fused_step<RATE, BOOK, ROWS, PARTS, STEP>(tiles, inputs, windows, sums), ...);
 }
 
@@ -73,7 +73,7 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
   for (auto& some : total)
     for (__m512& lanes : some) lanes = _mm512_setzero_ps();
   for (int64_t block = 0; block < call.blocks; ++block) {
-    Words whole[FUSED_COLUMNS][ROWS][PARTS];
+    Integers whole[FUSED_COLUMNS][ROWS][PARTS];
     for (int i = 0; i < FUSED_COLUMNS; ++i)
       for (int row = 0; row < ROWS; ++row)
         for (int part = 0; part < PARTS; ++part)

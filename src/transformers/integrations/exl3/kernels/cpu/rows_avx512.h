@@ -34,17 +34,17 @@ struct PairOrder {
   template <int RATE, int BOOK, int... PAIR>
   static inline void decode_pairs(const int16_t* tile, int16_t* codes, std::integer_sequence<int, PAIR...>) {
     constexpr int STATES = WINDOWS<RATE>.states;
-    Words words;
+    Integers words;
     ((words = 2 * PAIR % STATES == 0 ? window<RATE, 2 * PAIR / STATES>(tile) : words,
       _mm512_store_si512(codes + PAIR * CODES, pair_of<RATE, BOOK, PAIR>(words))),
      ...);
   }
 
   template <int RATE, int BOOK, int PAIR>
-  static inline Words pair_of(Words words) {
-    Words first = state<RATE, 2 * PAIR>(words), second = state<RATE, 2 * PAIR + 1>(words);
+  static inline Integers pair_of(Integers words) {
+    Integers first = state<RATE, 2 * PAIR>(words), second = state<RATE, 2 * PAIR + 1>(words);
     if constexpr (BOOK == MUL1) {
-      const Words ones = _mm512_set1_epi8(1);
+      const Integers ones = _mm512_set1_epi8(1);
       second = _mm512_slli_epi32(codes_of<RATE, BOOK>(second), 16);
       return _mm512_dpbusd_epi32(second, multiply(first, MULTIPLIERS[MUL1]), ones);
     }
@@ -69,7 +69,7 @@ static void arrange_row(const int16_t* whole, int row, int rows, int16_t* to) {
 }
 
 // `sums = _mm512_dpwssd_epi32(sums, inputs, codes)`, around which GCC 12 copies all sums: 3 % of the time of 512 rows.
-static inline void add_products(Words& sums, Words inputs, Words codes) {
+static inline void add_products(Integers& sums, Integers inputs, Integers codes) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(inputs), "v"(codes));
 }
 
@@ -77,25 +77,25 @@ static inline void add_products(Words& sums, Words inputs, Words codes) {
 template <int... ROW>
 EXL3_NOINLINE static void add_group(const RowsCall& call, std::integer_sequence<int, ROW...>) {
   constexpr int ROWS = sizeof...(ROW);
-  Words left[ROWS] = {_mm512_set1_epi32(-call.middle * call.totals[ROW])...}, right[ROWS] = {left[ROW]...};
+  Integers left[ROWS] = {_mm512_set1_epi32(-call.middle * call.totals[ROW])...}, right[ROWS] = {left[ROW]...};
   const int16_t *codes = call.codes, *inputs = call.inputs;
   // What the next group begins and ends with.
   prefetch<1>(call.totals + ROWS);
   prefetch<1>(call.scales + ROWS);
   (prefetch<sizeof(float) * COLUMNS * TILE>(call.sums + (ROWS + ROW) * call.sums_stride), ...);
   for (int pair = 0; pair < BLOCK / 2; ++pair, codes += CODES, inputs += 2 * ROWS) {
-    Words left_codes = load(codes), right_codes = load(codes + BLOCK_TILES * TILE_SIZE);
-    auto add = [&](int row, Words& left_sums, Words& right_sums) {
+    Integers left_codes = load(codes), right_codes = load(codes + BLOCK_TILES * TILE_SIZE);
+    auto add = [&](int row, Integers& left_sums, Integers& right_sums) {
       int32_t both;
       std::memcpy(&both, inputs + 2 * row, sizeof both);
-      Words input = _mm512_set1_epi32(both);
+      Integers input = _mm512_set1_epi32(both);
       add_products(left_sums, input, left_codes);
       add_products(right_sums, input, right_codes);
     };
     (add(ROW, left[ROW], right[ROW]), ...);
     prefetch<1>(inputs + BLOCK * ROWS);
   }
-  auto finish = [&](int row, Words whole, int column) {
+  auto finish = [&](int row, Integers whole, int column) {
     float* sum = call.sums + row * call.sums_stride + column * TILE;
     __m512 more = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(call.scales[row]));
     _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), more));

@@ -16,16 +16,16 @@
 
 constexpr int CODES = 16;  // in a vector
 
-using Words = __m256i;
+using Integers = __m256i;
 
-struct Pairs {
-  Words even, odd;
+struct EvenAndOdd {
+  Integers even, odd;
 };
 
 // Each lane of 8 codes is cut out of 16 bytes. A state is the end of one word and the start of the next; AVX2 shifts 16-bit
 // numbers by different amounts only as products, of which one keeps the lower and one the upper half.
 template <int RATE>
-struct Cuts {
+struct StatePlaces {
   alignas(32) uint8_t words[LANES_OF_TILE][16] = {}, next[LANES_OF_TILE][16] = {};
   alignas(32) uint16_t powers[LANES_OF_TILE][8] = {};
 
@@ -35,7 +35,7 @@ struct Cuts {
     return dword < end ? dword : end;
   }
 
-  constexpr Cuts() {
+  constexpr StatePlaces() {
     for (int lane = 0; lane < LANES_OF_TILE; ++lane)
       for (int code = 0; code < LANE_CODES; ++code) {
         int end = RATE * (8 * lane + code + 1) / 2, byte = 4 * first(lane);
@@ -53,13 +53,13 @@ struct Cuts {
   }
 };
 template <int RATE>
-constexpr Cuts<RATE> CUTS{};
+constexpr StatePlaces<RATE> STATE_PLACES{};
 
-static inline Words load(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
+static inline Integers load(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
 
 template <int RATE, int LANE>
 static inline __m128i stream(const int16_t* tile) {
-  constexpr int FIRST = Cuts<RATE>::first(LANE);
+  constexpr int FIRST = StatePlaces<RATE>::first(LANE);
   if constexpr (FIRST < 0) {
     int32_t last;
     std::memcpy(&last, tile + 8 * RATE - 2, sizeof last);
@@ -71,46 +71,46 @@ static inline __m128i stream(const int16_t* tile) {
 }
 
 template <int RATE, int VECTOR, int>
-static inline Pairs states(const int16_t* tile) {
-  constexpr const Cuts<RATE>& cuts = CUTS<RATE>;
-  Words raw = _mm256_set_m128i(stream<RATE, 2 * VECTOR + 1>(tile), stream<RATE, 2 * VECTOR>(tile));
-  Words words = _mm256_shuffle_epi8(raw, load(cuts.words[2 * VECTOR]));
-  Words next = _mm256_shuffle_epi8(raw, load(cuts.next[2 * VECTOR]));
-  Words powers = load(cuts.powers[2 * VECTOR]);
+static inline EvenAndOdd states(const int16_t* tile) {
+  constexpr const StatePlaces<RATE>& all = STATE_PLACES<RATE>;
+  Integers raw = _mm256_set_m128i(stream<RATE, 2 * VECTOR + 1>(tile), stream<RATE, 2 * VECTOR>(tile));
+  Integers words = _mm256_shuffle_epi8(raw, load(all.words[2 * VECTOR]));
+  Integers next = _mm256_shuffle_epi8(raw, load(all.next[2 * VECTOR]));
+  Integers powers = load(all.powers[2 * VECTOR]);
   words = _mm256_or_si256(_mm256_mullo_epi16(words, powers), _mm256_mulhi_epu16(next, powers));
   return {_mm256_and_si256(words, _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(words, 16)};
 }
 
-static inline Words multiply(Words a, uint32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(int(b))); }
-static inline Words add(Words a, uint32_t b) { return _mm256_add_epi32(a, _mm256_set1_epi32(int(b))); }
+static inline Integers multiply(Integers a, uint32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(int(b))); }
+static inline Integers add(Integers a, uint32_t b) { return _mm256_add_epi32(a, _mm256_set1_epi32(int(b))); }
 
-static inline Words sum_bytes(Words a) {
+static inline Integers sum_bytes(Integers a) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
 }
 
-static inline Words sum_halves(Words product) {
-  const Words powers = _mm256_setr_epi8(4, 8, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+static inline Integers sum_halves(Integers product) {
+  const Integers powers = _mm256_setr_epi8(4, 8, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
                                         4, 8, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  Words exponents = _mm256_and_si256(_mm256_srli_epi16(product, 10), _mm256_set1_epi16(3));
+  Integers exponents = _mm256_and_si256(_mm256_srli_epi16(product, 10), _mm256_set1_epi16(3));
   exponents = _mm256_or_si256(exponents, _mm256_set1_epi16(int16_t(0x8000)));  // nothing in the upper byte
-  Words mantissas = _mm256_and_si256(product, _mm256_set1_epi16(0x3FF));
+  Integers mantissas = _mm256_and_si256(product, _mm256_set1_epi16(0x3FF));
   mantissas = _mm256_xor_si256(mantissas, _mm256_set1_epi16(MANTISSA_FLIPS | HIDDEN_BIT));
   mantissas = _mm256_sign_epi16(mantissas, _mm256_or_si256(product, _mm256_set1_epi16(1)));
   return _mm256_madd_epi16(mantissas, _mm256_shuffle_epi8(powers, exponents));
 }
 
-static inline void store_codes(int16_t* to, Words even, Words odd) {
+static inline void store_codes(int16_t* to, Integers even, Integers odd) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_packs_epi32(even, odd));
 }
 
 EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
   constexpr int AT_A_TIME = 8;  // as many sums as there are registers for
   for (int part = 0; part < TILE_SIZE; part += AT_A_TIME * CODES, sums += AT_A_TIME * CODES / 2) {
-    Words total[AT_A_TIME];
-    for (Words& lanes : total) lanes = _mm256_setzero_si256();
+    Integers total[AT_A_TIME];
+    for (Integers& lanes : total) lanes = _mm256_setzero_si256();
     for (int tile = 0; tile < BLOCK_TILES; ++tile) {
       const int16_t* some = codes + tile * TILE_SIZE + part;
-      Words input[2] = {load(inputs + tile * 32), load(inputs + tile * 32 + CODES)};
+      Integers input[2] = {load(inputs + tile * 32), load(inputs + tile * 32 + CODES)};
 #pragma GCC unroll 8
       for (int i = 0; i < AT_A_TIME; ++i)
         total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(input[i % 2], load(some + i * CODES)));

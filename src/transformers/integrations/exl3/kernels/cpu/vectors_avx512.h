@@ -17,16 +17,16 @@
 
 constexpr int CODES = 32;  // in a vector
 
-using Words = __m512i;
+using Integers = __m512i;
 
-struct Pairs {
-  Words even, odd;  // of the even and of the odd codes of a vector, in 32-bit lanes
+struct EvenAndOdd {
+  Integers even, odd;  // of the even and of the odd codes of a vector, in 32-bit lanes
 };
 
 // Where the states of a vector's 32 codes stand in its words, which are counted from the one before those that the vector
 // itself adds: there the state of its first code may start.
 template <int RATE>
-struct Cuts {
+struct StatePlaces {
   alignas(64) uint16_t words[2][32] = {};  // by whether the vector adds its first word at an odd place of the tile
 #if EXL3_VNNI
   // Four states are cut out of one qword, whose words are turned around: bit 63 is then the first of the stream.
@@ -40,7 +40,7 @@ struct Cuts {
   alignas(64) uint16_t next[2][32] = {}, left[32] = {}, right[32] = {};
 #endif
 
-  constexpr Cuts() {
+  constexpr StatePlaces() {
     for (int lane = 0; lane < 32; ++lane) {
 #if EXL3_VNNI
       int first = RATE * (lane / 4 * 4 + 1) / 2 / 16, at = RATE * (lane + 1) / 2 - 16 * first;
@@ -75,13 +75,13 @@ struct Cuts {
   }
 };
 template <int RATE>
-constexpr Cuts<RATE> CUTS{};
+constexpr StatePlaces<RATE> STATE_PLACES{};
 
-static inline Words load(const void* from) { return _mm512_load_si512(from); }
+static inline Integers load(const void* from) { return _mm512_load_si512(from); }
 
 // The words of codes 32 * VECTOR ... of a tile, from the dword on that has the word before. Reads nothing beyond the tile.
 template <int RATE, int VECTOR>
-static inline Words stream(const int16_t* tile) {
+static inline Integers stream(const int16_t* tile) {
   constexpr int WORD = RATE * VECTOR, ODD = WORD % 2, FIRST = (WORD + ODD) / 2 - 1, COUNT = (RATE + 1 - ODD) / 2 + 1;
   constexpr __mmask16 MASK = (1 << COUNT) - 1;
   if constexpr (VECTOR == 0) {
@@ -99,36 +99,36 @@ static inline Words stream(const int16_t* tile) {
 
 // On Zen 4 a multishift is done where products are, and shifts where shuffles are: mul1's codes take few shuffles, the others many.
 template <int RATE, int VECTOR, int BOOK>
-static inline Pairs states(const int16_t* tile) {
-  constexpr const Cuts<RATE>& cuts = CUTS<RATE>;
-  Words raw = stream<RATE, VECTOR>(tile);
+static inline EvenAndOdd states(const int16_t* tile) {
+  constexpr const StatePlaces<RATE>& all = STATE_PLACES<RATE>;
+  Integers raw = stream<RATE, VECTOR>(tile);
 #if EXL3_VNNI
   if constexpr (BOOK == MUL1) {
-    const Words low_halves = _mm512_set1_epi32(0xFFFF);
-    Words windows = _mm512_permutexvar_epi8(load(cuts.windows[RATE * VECTOR % 2]), raw);
-    Words odd = cuts.shifts_odd ? _mm512_srlv_epi32(windows, load(cuts.shifts[1])) : windows;
-    Words even = _mm512_srlv_epi32(windows, load(cuts.shifts[0]));
+    const Integers low_halves = _mm512_set1_epi32(0xFFFF);
+    Integers windows = _mm512_permutexvar_epi8(load(all.windows[RATE * VECTOR % 2]), raw);
+    Integers odd = all.shifts_odd ? _mm512_srlv_epi32(windows, load(all.shifts[1])) : windows;
+    Integers even = _mm512_srlv_epi32(windows, load(all.shifts[0]));
     return {_mm512_and_si512(even, low_halves), _mm512_and_si512(odd, low_halves)};
   }
 #endif
-  Words words = _mm512_permutexvar_epi16(load(cuts.words[RATE * VECTOR % 2]), raw);
+  Integers words = _mm512_permutexvar_epi16(load(all.words[RATE * VECTOR % 2]), raw);
 #if EXL3_VNNI
   constexpr __mmask64 LOW_HALVES = 0x3333333333333333;
-  return {_mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(cuts.even), words),
-          _mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(cuts.odd), words)};
+  return {_mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(all.even), words),
+          _mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(all.odd), words)};
 #else
-  Words next = _mm512_permutexvar_epi16(load(cuts.next[RATE * VECTOR % 2]), raw);
-  words = _mm512_or_si512(_mm512_sllv_epi16(words, load(cuts.left)), _mm512_srlv_epi16(next, load(cuts.right)));
+  Integers next = _mm512_permutexvar_epi16(load(all.next[RATE * VECTOR % 2]), raw);
+  words = _mm512_or_si512(_mm512_sllv_epi16(words, load(all.left)), _mm512_srlv_epi16(next, load(all.right)));
   return {_mm512_and_si512(words, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32(words, 16)};
 #endif
 }
 
-static inline Words multiply(Words a, uint32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(int(b))); }
-static inline Words add(Words a, uint32_t b) { return _mm512_add_epi32(a, _mm512_set1_epi32(int(b))); }
+static inline Integers multiply(Integers a, uint32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(int(b))); }
+static inline Integers add(Integers a, uint32_t b) { return _mm512_add_epi32(a, _mm512_set1_epi32(int(b))); }
 
 // The sum of the four bytes of each lane.
-static inline Words sum_bytes(Words a) {
-  const Words ones = _mm512_set1_epi8(1);
+static inline Integers sum_bytes(Integers a) {
+  const Integers ones = _mm512_set1_epi8(1);
 #if EXL3_VNNI
   return _mm512_dpbusd_epi32(_mm512_setzero_si512(), a, ones);
 #else
@@ -140,29 +140,29 @@ static inline Words sum_bytes(Words a) {
 // (1024 + mantissa) << n for its two exponent bits, of which the upper one is flipped.
 alignas(64) static constexpr int16_t POWERS[32] = {4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2,
                                                    4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2};
-static inline Words negative(Words a) { return _mm512_sub_epi16(_mm512_setzero_si512(), a); }
-static inline Words powers_of(Words product, Words positive, Words negative) {
+static inline Integers negative(Integers a) { return _mm512_sub_epi16(_mm512_setzero_si512(), a); }
+static inline Integers powers_of(Integers product, Integers positive, Integers negative) {
   return _mm512_permutex2var_epi16(positive, _mm512_srli_epi16(product, 10), negative);
 }
-static inline Words mantissas_of(Words product) {
+static inline Integers mantissas_of(Integers product) {
   constexpr int AND_XOR = 0x6A;
   return _mm512_ternarylogic_epi32(product, _mm512_set1_epi16(0x3FF), _mm512_set1_epi16(MANTISSA_FLIPS | HIDDEN_BIT), AND_XOR);
 }
-static inline Words sum_halves(Words product) {
+static inline Integers sum_halves(Integers product) {
   return _mm512_madd_epi16(mantissas_of(product), powers_of(product, load(POWERS), negative(load(POWERS))));
 }
 
-static inline void store_codes(int16_t* to, Words even, Words odd) {
+static inline void store_codes(int16_t* to, Integers even, Integers odd) {
   _mm512_store_si512(to, _mm512_packs_epi32(even, odd));
 }
 
 #if !EXL3_VNNI
 // The products of neighbouring codes [tiles][256] and inputs [tiles][32], added up, to `sums` [32][4].
 EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
-  Words total[TILE_SIZE / CODES];
-  for (Words& lanes : total) lanes = _mm512_setzero_si512();
+  Integers total[TILE_SIZE / CODES];
+  for (Integers& lanes : total) lanes = _mm512_setzero_si512();
   for (int tile = 0; tile < BLOCK_TILES; ++tile, codes += TILE_SIZE, inputs += 32) {
-    Words input = load(inputs);
+    Integers input = load(inputs);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_SIZE / CODES; ++i)
       total[i] = _mm512_add_epi32(total[i], _mm512_madd_epi16(input, load(codes + i * CODES)));
@@ -174,7 +174,7 @@ EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inpu
 // 256 codes of a tile to the order of its transpose, rows side by side.
 static inline void transpose_codes(const int16_t* codes, int16_t* transposed) {
   for (int i = 0; i < TILE / 2; ++i) {
-    Words rows = _mm512_permutexvar_epi16(load(TRANSPOSED.places), load(codes + i * CODES));
+    Integers rows = _mm512_permutexvar_epi16(load(TRANSPOSED.places), load(codes + i * CODES));
     _mm256_store_si256(reinterpret_cast<__m256i*>(transposed + i * TILE), _mm512_castsi512_si256(rows));
     _mm256_store_si256(reinterpret_cast<__m256i*>(transposed + (i + 8) * TILE), _mm512_extracti64x4_epi64(rows, 1));
   }
@@ -196,8 +196,8 @@ static inline void store_values(const int16_t* codes, CodeUnits units, Half* to)
 }
 
 static inline void store_values(const int16_t* codes, CodeUnits units, BFloat* to) {
-  Words bits = _mm512_castps_si512(_mm512_cvtph_ps(values_of(codes, units)));  // finite: rounding overflows nothing
-  Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  Integers bits = _mm512_castps_si512(_mm512_cvtph_ps(values_of(codes, units)));  // finite: rounding overflows nothing
+  Integers odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bits));
 }

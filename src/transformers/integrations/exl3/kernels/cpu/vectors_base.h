@@ -16,10 +16,10 @@
 
 // Which words of a stream a state stands in: `pairs[first] >> right`, where `pairs` are words with the ones after them.
 template <int RATE>
-struct Cuts {
+struct StatePlaces {
   uint8_t first[TILE_SIZE] = {}, right[TILE_SIZE] = {};
 
-  constexpr Cuts() {
+  constexpr StatePlaces() {
     for (int place = 0; place < TILE_SIZE; ++place) {
       int end = RATE * (place / 8 * 8 + LANE_ORDER[place % 8] + 1) / 2, words = 8 * RATE;
       first[place] = uint8_t((end / 16 + words - 1) % words), right[place] = uint8_t(16 - end % 16);
@@ -27,7 +27,7 @@ struct Cuts {
   }
 };
 template <int RATE>
-constexpr Cuts<RATE> CUTS{};
+constexpr StatePlaces<RATE> STATE_PLACES{};
 
 static inline int32_t half_of(uint32_t bits) {
   int32_t magnitude = int32_t((bits & 0x3FF) ^ (MANTISSA_FLIPS | HIDDEN_BIT)) << ((bits >> 10 & 3) ^ 2);
@@ -41,7 +41,7 @@ static void decode_tile(const int16_t* tile, int16_t* codes) {
   for (int i = 0; i < WORDS; ++i)
     pairs[i] = uint32_t(uint16_t(tile[i ^ 1])) << 16 | uint16_t(tile[((i + 1) % WORDS) ^ 1]);
   for (int i = 0; i < TILE_SIZE; ++i)
-    products[i] = (pairs[CUTS<RATE>.first[i]] >> CUTS<RATE>.right[i] & 0xFFFF) * MULTIPLIERS[BOOK];
+    products[i] = (pairs[STATE_PLACES<RATE>.first[i]] >> STATE_PLACES<RATE>.right[i] & 0xFFFF) * MULTIPLIERS[BOOK];
   for (int i = 0; i < TILE_SIZE; ++i) {
     uint32_t bits = products[i] + (BOOK == THREE_INST ? THREE_INST_ADDEND : 0);
     if (BOOK == MUL1) {

@@ -73,7 +73,7 @@ constexpr Windows<RATE> WINDOWS{};
 
 // 64 bytes of a tile, or as many as it has.
 template <int RATE, int PART>
-static inline Words tile_part(const int16_t* tile) {
+static inline Integers tile_part(const int16_t* tile) {
   constexpr int LEFT = Windows<RATE>::BYTES - 64 * PART;
   const int16_t* from = tile + 32 * PART;
   if constexpr (LEFT >= 64) return _mm512_loadu_si512(from);
@@ -83,12 +83,12 @@ static inline Words tile_part(const int16_t* tile) {
 }
 
 template <int RATE, int WINDOW>
-static inline Words window(const int16_t* tile) {
+static inline Integers window(const int16_t* tile) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
-  Words places = load(all.bytes[WINDOW]), first = tile_part<RATE, 0>(tile);
+  Integers places = load(all.bytes[WINDOW]), first = tile_part<RATE, 0>(tile);
   if constexpr (all.BYTES <= 64) return _mm512_permutexvar_epi8(places, first);
   else {
-    Words lower = _mm512_permutex2var_epi8(first, places, tile_part<RATE, 1>(tile));
+    Integers lower = _mm512_permutex2var_epi8(first, places, tile_part<RATE, 1>(tile));
     if constexpr (all.BYTES <= 128) return lower;
     else if constexpr (all.BYTES <= 192)
       return _mm512_mask_permutexvar_epi8(lower, all.is_upper[WINDOW], places, tile_part<RATE, 2>(tile));
@@ -100,9 +100,9 @@ static inline Words window(const int16_t* tile) {
 
 // The states of a step, out of the window that has them.
 template <int RATE, int STEP>
-static inline Words state(Words window) {
+static inline Integers state(Integers window) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
-  Words shifted = window;
+  Integers shifted = window;
   if constexpr (!all.is_uniform[STEP]) shifted = _mm512_srlv_epi32(window, load(all.shifts[STEP]));
   else if constexpr (all.shifts[STEP][0] != 0) shifted = _mm512_srli_epi32(window, all.shifts[STEP][0]);
   return _mm512_and_si512(shifted, _mm512_set1_epi32(0xFFFF));
@@ -110,7 +110,7 @@ static inline Words state(Words window) {
 
 // The same by a multishift.
 template <int RATE, int STEP>
-static inline Words cut_state(Words window) {
+static inline Integers cut_state(Integers window) {
   constexpr __mmask64 LOW_HALVES = 0x3333333333333333;
   return _mm512_maskz_multishift_epi64_epi8(LOW_HALVES, load(WINDOWS<RATE>.bits[STEP]), window);
 }
