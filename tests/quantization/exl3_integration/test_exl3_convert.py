@@ -318,6 +318,13 @@ class Exl3ConvertTest(unittest.TestCase):
                     self.fail("it began")
         self.assertEqual(os.listdir(output), ["config.json"])
 
+    def test_a_file_is_no_output(self):
+        Path(self.output).write_text("notes", encoding="utf-8")
+        with self.assertRaisesRegex(FileExistsError, "is no folder"):
+            with conversion.Conversion(Path(self.output), {}).running(resume=False):
+                self.fail("it began")
+        self.assertEqual(Path(self.output).read_text(encoding="utf-8"), "notes")
+
     def test_a_device_is_not_for_quantizing_with_data(self):
         small_model(self.source)
         with self.assertRaisesRegex(ValueError, "leave 'meta' out"):

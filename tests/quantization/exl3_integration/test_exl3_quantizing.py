@@ -574,7 +574,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             ("llama", {"*.up_proj": 4}, r"'\*\.up_proj' matches only modules .*`modules_to_not_convert`"),
             ("phi3", {"*.q_proj": 16}, r"of model.layers.0.self_attn.qkv_proj some parts .*'q_proj': 16, 'k_proj': 2"),
             ("qwen3_moe", {"*.mlp.gate": 4}, r"'\*\.mlp\.gate' matches only modules that are not quantized"),
-            ("llama", {"*": 16}, "There is nothing to quantize in LlamaForCausalLM"),
+            ("llama", {"*": 16}, r"There is nothing to quantize in LlamaForCausalLM: .*`overrides` \({'\*': 16}\)"),
         ]
     )
     def test_overrides_that_cannot_be_followed_are_errors(self, name, overrides, message):

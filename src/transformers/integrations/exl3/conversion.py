@@ -64,6 +64,8 @@ class Conversion:
             `RuntimeError`: Where another process is at it.
         """
         is_new, done = not self.output.exists(), self.output / DONE
+        if not is_new and not self.output.is_dir():
+            raise FileExistsError(f"{self.output} is no folder: give a new one for the result.")
 
         def refuse():
             raise RuntimeError(f"Another process is converting to {self.output}: wait for it, or end it.")

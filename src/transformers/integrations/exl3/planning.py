@@ -126,7 +126,8 @@ class Plan:
         if not self.bits:
             raise ValueError(
                 f"There is nothing to quantize in {type(model).__name__}: no `nn.Linear` or `Conv1D` (no subclass of these) is left "
-                f"by `modules_to_not_convert` ({[*own, *skip]}). Load it without `quantization_config`."
+                f"by `overrides` ({config.overrides}) and `modules_to_not_convert` ({[*own, *skip]}). Load it without "
+                "`quantization_config`."
             )
         for path, bits in self.bits.items():
             self.modules[path] = module = self._build(path, bits)
