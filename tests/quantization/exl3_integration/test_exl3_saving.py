@@ -31,6 +31,7 @@ from unittest.mock import patch
 
 import torch
 from parameterized import parameterized
+from safetensors import safe_open
 
 from transformers import AutoModel, Exl3Config, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -142,6 +143,16 @@ class Exl3SavingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             other.save_pretrained(folder)
             torch.testing.assert_close(read_tensors(folder)["model.norm.weight"], other.model.norm.weight.detach())
+
+    def test_files_say_that_their_tensors_are_pytorchs(self):
+        """Upstream does not load others."""
+        out = os.path.join(self.folder, "out")
+        self.load().save_pretrained(out, max_shard_size="50KB")
+        files = [*Path(out).glob("*.safetensors")]
+        self.assertGreater(len(files), 1)
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                self.assertEqual(tensors.metadata(), {"format": "pt"}, file.name)
 
     def test_it_looks_like_the_method_that_it_stands_for(self):
         found, expected = self.load().save_pretrained, LlamaForCausalLM(tiny_model("llama")[0].config).save_pretrained

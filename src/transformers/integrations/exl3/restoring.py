@@ -87,9 +87,4 @@ def restore(model: nn.Module, names: list[str]):
         )
         raise Exl3CheckpointError(problems, remedy) from cause
     for name in buffers:
-        buffer = model.get_buffer(name)
-        if buffer.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, values[name].to(buffer.dtype))
-        else:
-            buffer.copy_(values[name])
+        model.get_buffer(name).copy_(values[name])
