@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which linear layers of a model are not quantized on the fly: those that decide much with few weights, and those that files have otherwise."""
+"""
+Which linear layers of a model are not quantized on the fly: those that decide much with few weights, and those whose weights upstream
+changes on their way from the files.
+"""
 
 import re
 

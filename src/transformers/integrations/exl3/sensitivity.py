@@ -74,7 +74,7 @@ def sensitivities(
                 try:
                     _backward(model(**arguments_of(some)), generator)
                 except RuntimeError as error:  # of the forward pass as well, which is to come again
-                    return _unmeasured(f"{type(model).__name__} has no gradients: {error}")
+                    return _unmeasured(f"the gradients of {type(model).__name__} cannot be had: {error}")
         totals = {unit: float(total.sqrt().prod()) for unit, total in meter.totals.items()}
     finally:
         meter.remove(model)

@@ -12,7 +12,7 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// One or two rows, with AVX-512 VNNI and VBMI: what a product with the codebook's multiplier is made of is added up and multiplied
+// One or two rows (of mcg and 3inst one), with AVX-512 VNNI and VBMI: what a product with the codebook's multiplier is made of is added up and multiplied
 // by the input in one instruction, so that no code is ever stored. For 16 codes, of 16 columns and one row, whose states are cut
 // out as `windows_avx512.h` says:
 //     vpmulld     the state times the multiplier,
@@ -44,17 +44,12 @@ static inline void fused_step(const int16_t* const (&tiles)[FUSED_COLUMNS], cons
           sums[i][row][part] = _mm512_dpbusd_epi32(sums[i][row][part], product, input[row][part]);
     }
   } else {
-    Integers positive[ROWS], negatives[ROWS];
-    for (int row = 0; row < ROWS; ++row) {
-      positive[row] = _mm512_mullo_epi16(load(POWERS), input[row][0]);
-      negatives[row] = negative(positive[row]);
-    }
+    static_assert(ROWS == 1 && PARTS == 1, "two rows are no faster so than by a weight that is decoded first");
+    Integers positive = _mm512_mullo_epi16(load(POWERS), input[0][0]), negatives = negative(positive);
 #pragma GCC unroll 4
     for (int i = 0; i < FUSED_COLUMNS; ++i) {
-      Integers product = product_of<BOOK>(cut_state<RATE, STEP>(windows[i])), mantissas = mantissas_of(product);
-      for (int row = 0; row < ROWS; ++row)
-        sums[i][row][0] =
-            _mm512_dpwssd_epi32(sums[i][row][0], mantissas, powers_of(product, positive[row], negatives[row]));
+      Integers product = product_of<BOOK>(cut_state<RATE, STEP>(windows[i]));
+      sums[i][0][0] = _mm512_dpwssd_epi32(sums[i][0][0], mantissas_of(product), powers_of(product, positive, negatives));
     }
   }
 }

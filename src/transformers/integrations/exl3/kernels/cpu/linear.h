@@ -16,7 +16,7 @@
 //
 // fp32 rows are multiplied with the exact fp16 values. Rows of fewer bits are made whole numbers of 16 bits, block by block of
 // 128 features with a scale of its own, and multiplied with codes, which values are before they are rounded to fp16. The sums
-// of a block are exact. Both errors are at most 5e-4 of the result, a quarter of what rounding it to bf16 adds.
+// of a block are exact. Both errors are about 5e-4 of the result or less, a quarter of what rounding it to bf16 adds.
 //
 // For one or two rows and a mul1 weight, inputs have 8 bits or two bytes. Instruction sets that have a `Fused` multiply one or
 // two rows while they decode, the same bytes as otherwise.

@@ -21,6 +21,7 @@ from ...hadamard import hadamard
 
 FUSED_ROWS = 2  # up to which a mul1 weight has inputs of 8 bits, or of two bytes that are signed numbers each
 FUSED_INPUTS = {8: 127, 16: 127 * 256 + 127}
+# Of mcg and 3inst a whole input times 8, the largest power of two of their fp16 numbers, has 16 bits.
 LARGEST_INPUT = {"mul1": 32767, "mcg": 4095, "3inst": 4095}
 # What a code stands for before it is rounded to fp16: `STEP * code + START`. Of mul1 it is the sum of four bytes, less the
 # middle of all such sums, of the others the sum of two fp16 numbers in units of 2**-13.

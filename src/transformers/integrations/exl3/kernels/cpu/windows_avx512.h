@@ -22,8 +22,8 @@
 //     vpandd               without what stands above,
 //   or both at once:
 //     vpmultishiftqb.
-// On Zen 4 a multishift is done where products are, and shifts where shuffles are: mul1's codes take few shuffles, the others
-// some.
+// On Zen 4 a multishift is done where products are, and shifts where shuffles are: to multiply mul1's codes takes few shuffles,
+// the others take more.
 
 template <int RATE>
 struct Windows {
