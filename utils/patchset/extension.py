@@ -69,14 +69,16 @@ def write_hub_kernels(folder: Path = REPO / HUB_KERNELS, repo: Path = REPO) -> P
     shutil.copytree(Path(__file__).with_name("hub_kernels"), folder, ignore=shutil.ignore_patterns("__pycache__"))
     kernels = integration / "kernels" / "cpu"
     sources = [path for path in sorted(kernels.iterdir()) if path.suffix in build.KERNEL_SOURCES]
+    python = [integration / name for name in ("format.py", "search.py", "kernels/__init__.py", "kernels/cpu/calls.py")]
     _write_project(
         folder / "exl3-cpu",
-        _constants(kernels / "__init__.py", repository="HUB_KERNEL", version="ABI_VERSION")
+        _constants(kernels / "__init__.py", repository="HUB_KERNEL", version="HUB_VERSION")
         | {
             "flags": json.dumps(definitions(repo)["EXL3_COMPILE_FLAGS"]),
             "sources": json.dumps([f"exl3_cpu/{source.name}" for source in sources]),
         },
-        {f"exl3_cpu/{source.name}": source for source in sources},
+        {f"exl3_cpu/{source.name}": source for source in sources}
+        | {f"torch-ext/exl3_cpu/{source.relative_to(integration)}": source for source in python},
         "torch-cpu",
         [library],
     )

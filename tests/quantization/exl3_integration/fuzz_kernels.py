@@ -159,7 +159,7 @@ def linear_kernel(rng):
     arguments["y"] = torch.full((len(arguments["x"]), out), float("nan"), dtype=arguments["x"].dtype)
 
     def call(x, trellis, suh, svh, bias, codebook, y):
-        cpu.linear([(x, trellis, suh, svh, bias, codebook)], [y])
+        cpu.kernels().linear([(x, trellis, suh, svh, bias, codebook)], [y])
         return y
 
     return arguments, call, lambda *args: reference(*args[:-1], args[-1].shape[1])
@@ -204,13 +204,13 @@ def grouped_linear(rng):
 def dequantize(rng):
     _, _, t, _, codebook = layer(rng)
     arguments = {"trellis": t["trellis"], "suh": t["suh"], "svh": t["svh"], "codebook": codebook}
-    return arguments, rng.choice((ops.dequantize, cpu.dequantize)), weight_of
+    return arguments, rng.choice((ops.dequantize, cpu.kernels().dequantize)), weight_of
 
 
 def decode(rng):
     _, _, t, _, codebook = layer(rng)
     arguments = {"trellis": t["trellis"], "codebook": codebook}
-    return arguments, cpu.decode, lambda trellis, codebook: format.decode(trellis, codebook).double()
+    return arguments, cpu.kernels().decode, lambda trellis, codebook: format.decode(trellis, codebook).double()
 
 
 def rotate(rng):
@@ -229,7 +229,7 @@ def rotate(rng):
         y = (y if after is None else y * after.double())[:, : out.shape[1]]
         return y if bias is None else y + bias[: out.shape[1]].double()
 
-    return arguments, cpu.rotate, reference
+    return arguments, cpu.kernels().rotate, reference
 
 
 def embedding(rng):
@@ -256,7 +256,7 @@ def search(rng):
     arguments = {"tiles": torch.randn(rng.randrange(4), 256), "bits": bits, "codebook": codebook}
 
     def call(tiles, bits, codebook):
-        states = cpu.search(tiles, bits, codebook)
+        states = cpu.kernels().search(tiles, bits, codebook)
         return format.unpack_states(format.pack_states(states, bits)).double() - states  # zeros: the states are a ring
 
     return arguments, call, lambda tiles, bits, codebook: torch.zeros(len(tiles), 256)
@@ -360,7 +360,7 @@ def main(seconds: float, seed: int = 0):
         print(
             f"{make.__name__:16}{outcomes[make.__name__, 'right']:8} right{outcomes[make.__name__, 'refused']:8} refused"
         )
-    print(f"{cpu.isa()}: calls {first} to {seed - 1}")
+    print(f"{cpu.kernels().isa()}: calls {first} to {seed - 1}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class KernelTest(unittest.TestCase):
         forced.start()
         self.addCleanup(forced.stop)
         try:
-            self.assertEqual(cpu.isa(), isa)
+            self.assertEqual(cpu.kernels().isa(), isa)
         except ValueError:
             self.skipTest(f"this machine has no {isa}")
 
@@ -101,7 +101,7 @@ class KernelTest(unittest.TestCase):
 
     def multiply(self, x, arguments, out_features):
         y = torch.full((x.shape[0], out_features), float("nan"), dtype=x.dtype)
-        cpu.linear([(x, *arguments)], [y])
+        cpu.kernels().linear([(x, *arguments)], [y])
         return y
 
 
@@ -129,7 +129,7 @@ class Exl3LinearKernelTest(KernelTest):
         for isa, threads in itertools.product(ISAS, (1, 2, 3)):
             with patch.dict(os.environ, EXL3_CPU_ISA=isa):
                 try:
-                    cpu.isa()
+                    cpu.kernels().isa()
                 except ValueError:
                     continue
                 torch.set_num_threads(threads)
@@ -232,7 +232,7 @@ class Exl3LinearKernelTest(KernelTest):
             torch.testing.assert_close(layout, x, rtol=0, atol=0)
             torch.testing.assert_close(self.multiply(layout, arguments, 384), expected, rtol=0, atol=0)
         wide = torch.zeros(3, 400)
-        cpu.linear([(x, *arguments)], [wide[:, 5:389]])
+        cpu.kernels().linear([(x, *arguments)], [wide[:, 5:389]])
         torch.testing.assert_close(wide[:, 5:389], expected, rtol=0, atol=0)
         self.assertEqual((wide[:, :5].abs().sum(), wide[:, 389:].abs().sum()), (0, 0))
 
@@ -244,7 +244,7 @@ class Exl3LinearKernelTest(KernelTest):
             layers.append((torch.randn(rows, in_features), *arguments))
             outs.append(torch.empty(rows, out_features))
             expected.append(self.multiply(layers[-1][0], arguments, out_features))
-        cpu.linear(layers, outs)
+        cpu.kernels().linear(layers, outs)
         for result, single in zip(outs, expected):
             torch.testing.assert_close(result, single, rtol=0, atol=0)
 
@@ -306,8 +306,8 @@ class Exl3LinearKernelTest(KernelTest):
         arguments, _ = self.layer(512, 512)
         x = torch.randn(4, 512)
         expected = self.multiply(x, arguments, 512)
-        self.addCleanup(cpu._library.cache_clear)
-        cpu._library().exl3_use_openmp(None)
+        self.addCleanup(cpu.kernels().load, cpu.LIBRARY)
+        cpu.kernels()._library.exl3_use_openmp(None)
         torch.testing.assert_close(self.multiply(x, arguments, 512), expected, rtol=0, atol=0)
 
     def test_refuses_what_it_cannot_read(self):
@@ -315,7 +315,7 @@ class Exl3LinearKernelTest(KernelTest):
         x, y = torch.randn(2, 256), torch.empty(2, 384)
 
         def call(x=x, trellis=trellis, suh=suh, svh=svh, bias=bias, codebook=codebook, y=y):
-            cpu.linear([(x, trellis, suh, svh, bias, codebook)], [y])
+            cpu.kernels().linear([(x, trellis, suh, svh, bias, codebook)], [y])
 
         call()
         refused = {
@@ -359,18 +359,20 @@ class Exl3OtherKernelsTest(KernelTest):
         (trellis, suh, svh, _, _), _ = self.layer(256, 384, bits, codebook)
         inner = format.decode(trellis, codebook)
         for dtype in DTYPES:
-            decoded = cpu.decode(trellis, codebook, getattr(torch, dtype))
+            decoded = cpu.kernels().decode(trellis, codebook, getattr(torch, dtype))
             torch.testing.assert_close(decoded, inner.to(decoded.dtype), rtol=0, atol=0)
         expected = hadamard(hadamard(inner.float()).T) * suh.float() * svh[:, None].float()
-        torch.testing.assert_close(cpu.dequantize(trellis, suh, svh, codebook), expected, rtol=0, atol=0)
+        torch.testing.assert_close(cpu.kernels().dequantize(trellis, suh, svh, codebook), expected, rtol=0, atol=0)
 
     @parameterized.expand([(slice(2, 5), slice(3, 9)), (slice(0, 8, 2), slice(0, 16)), (slice(0, 8), slice(0, 16, 3))])
     def test_decoding_slices(self, rows, columns):
         trellis = torch.randint(-(2**15), 2**15, (8, 16, 48)).to(torch.int16)[rows, columns]
-        torch.testing.assert_close(cpu.decode(trellis, "mcg"), format.decode(trellis, "mcg").float(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            cpu.kernels().decode(trellis, "mcg"), format.decode(trellis, "mcg").float(), rtol=0, atol=0
+        )
 
     def test_decoding_nothing(self):
-        self.assertEqual(cpu.decode(torch.empty(0, 8, 48, dtype=torch.int16), "mul1").shape, (0, 128))
+        self.assertEqual(cpu.kernels().decode(torch.empty(0, 8, 48, dtype=torch.int16), "mul1").shape, (0, 128))
 
     def test_decoding_refuses_what_it_cannot_read(self):
         for trellis in (
@@ -379,11 +381,11 @@ class Exl3OtherKernelsTest(KernelTest):
             torch.zeros(8, 8, 64, device="meta").short(),
         ):
             with self.assertRaisesRegex(ValueError, "a trellis is int16"):
-                cpu.decode(trellis, "mul1")
+                cpu.kernels().decode(trellis, "mul1")
         with self.assertRaisesRegex(ValueError, "no rate"):
-            cpu.decode(torch.zeros(8, 8, 50).short(), "mul1")
+            cpu.kernels().decode(torch.zeros(8, 8, 50).short(), "mul1")
         with self.assertRaisesRegex(ValueError, "contiguous rows of float32, float16 or bfloat16"):
-            cpu.decode(torch.zeros(8, 8, 64).short(), "mul1", torch.float64)
+            cpu.kernels().decode(torch.zeros(8, 8, 64).short(), "mul1", torch.float64)
 
     @parameterized.expand(itertools.product(VECTORS, DTYPES, DTYPES))
     def test_rotating(self, isa, source, target):
@@ -391,31 +393,34 @@ class Exl3OtherKernelsTest(KernelTest):
         x = torch.randn(5, 200).to(getattr(torch, source))
         before, after, bias = torch.randn(256), torch.randn(256), torch.randn(130)
         out = torch.empty(5, 256, dtype=getattr(torch, target))
-        cpu.rotate(x, before, after, None, out)
+        cpu.kernels().rotate(x, before, after, None, out)
         padded = torch.nn.functional.pad(x.float(), (0, 56))
         expected = hadamard(padded * before) * after
         torch.testing.assert_close(out, expected.to(out.dtype), rtol=0, atol=0)
         cut = torch.empty(5, 130, dtype=out.dtype)
-        cpu.rotate(x, None, None, bias, cut)
+        cpu.kernels().rotate(x, None, None, bias, cut)
         torch.testing.assert_close(cut, (hadamard(padded)[:, :130] + bias).to(out.dtype), rtol=0, atol=0)
 
     def test_rotating_any_layout(self):
         x = torch.randn(5, 200)
         for layout in (x.T.contiguous().T, torch.cat((x, x), 1)[:, :200], x[:1].expand(5, -1)):
             torch.testing.assert_close(
-                cpu.rotate(layout), cpu.rotate(layout.clone(memory_format=torch.contiguous_format)), rtol=0, atol=0
+                cpu.kernels().rotate(layout),
+                cpu.kernels().rotate(layout.clone(memory_format=torch.contiguous_format)),
+                rtol=0,
+                atol=0,
             )
 
     def test_rotating_refuses_what_it_cannot_read(self):
         x = torch.randn(5, 200)
         for arguments in ((x.int(),), (x[0],), (x, torch.randn(200)), (x, None, torch.randn(128))):
             with self.assertRaises(ValueError):
-                cpu.rotate(*arguments)
+                cpu.kernels().rotate(*arguments)
         for out in (torch.empty(4, 256), torch.empty(5, 128), torch.empty(5, 257), torch.empty(256, 5).T):
             with self.assertRaises(ValueError):
-                cpu.rotate(x, out=out)
+                cpu.kernels().rotate(x, out=out)
         with self.assertRaises(ValueError):
-            cpu.rotate(x, bias=torch.randn(100), out=torch.empty(5, 130))
+            cpu.kernels().rotate(x, bias=torch.randn(100), out=torch.empty(5, 130))
 
     @parameterized.expand(VECTORS)
     def test_conversions_of_every_half(self, isa):
@@ -426,12 +431,12 @@ class Exl3OtherKernelsTest(KernelTest):
         x[0, 0] = 128**0.5  # a rotation of it is 1 everywhere
         scales = halves[halves.isfinite()].view(-1, 128)
         for scale in scales:
-            out = cpu.rotate(x, after=scale)
+            out = cpu.kernels().rotate(x, after=scale)
             torch.testing.assert_close(out[0], hadamard(x)[0] * scale.float(), rtol=0, atol=0)
         values = torch.cat((torch.randn(256) * 1e-6, torch.randn(256) * 1e4, torch.randn(256), torch.zeros(128)))
         for dtype in (torch.float16, torch.bfloat16):
             for some in values.view(-1, 128):
-                out = cpu.rotate(x, after=some, out=torch.empty(1, 128, dtype=dtype))
+                out = cpu.kernels().rotate(x, after=some, out=torch.empty(1, 128, dtype=dtype))
                 torch.testing.assert_close(out[0], (hadamard(x)[0] * some).to(dtype), rtol=0, atol=0)
 
 
@@ -455,7 +460,7 @@ def use_guarded_memory():
     for isa, bits, codebook in RATES:
         os.environ["EXL3_CPU_ISA"] = isa
         try:
-            cpu.isa()
+            cpu.kernels().isa()
         except ValueError:
             continue
         tensors, _ = random_linear(256, 128, bits, codebook)
@@ -463,10 +468,10 @@ def use_guarded_memory():
             trellis, suh, svh = (guarded(tensors[name], at_end) for name in ("trellis", "suh", "svh"))
             for dtype in (torch.float32, torch.bfloat16):
                 x, y = (guarded(torch.ones(2, size, dtype=dtype), at_end) for size in (128, 250))
-                cpu.linear([(x, trellis, suh, svh, guarded(torch.ones(250), at_end), codebook)], [y])
-                cpu.rotate(x, suh, suh, None, guarded(torch.empty(2, 128, dtype=dtype), at_end))
-            cpu.decode(trellis, codebook)
-            cpu.dequantize(trellis, suh, svh, codebook)
+                cpu.kernels().linear([(x, trellis, suh, svh, guarded(torch.ones(250), at_end), codebook)], [y])
+                cpu.kernels().rotate(x, suh, suh, None, guarded(torch.empty(2, 128, dtype=dtype), at_end))
+            cpu.kernels().decode(trellis, codebook)
+            cpu.kernels().dequantize(trellis, suh, svh, codebook)
 
 
 @unittest.skipUnless(sys.platform == "linux", "guards memory with mprotect")
@@ -541,11 +546,11 @@ class Exl3GroupedLinearTest(unittest.TestCase):
         x, places = torch.randn(4, 200, dtype=getattr(torch, dtype)), torch.tensor([3, 0, 1, 1, 2, 0, 3])
         y, halves = torch.zeros(7, 2, 130, dtype=x.dtype), (slice(0, 1), slice(1, 3))
         products = [
-            (cpu.Stack(*(tensor[half] for tensor in tensors), codebook, 200, 130), ranges[half], y[:, index])
+            (cpu.kernels().Stack(*(tensor[half] for tensor in tensors), codebook, 200, 130), ranges[half], y[:, index])
             for half in halves
             for index in range(2)
         ]
-        cpu.grouped_linear(products, x, places)
+        cpu.kernels().grouped_linear(products, x, places)
         expected = grouped.grouped_linear(x[places], ranges, *tensors, codebook, 130)
         torch.testing.assert_close(y, expected[:, None].expand(7, 2, 130), rtol=0, atol=0)
         wrong = [
@@ -559,12 +564,12 @@ class Exl3GroupedLinearTest(unittest.TestCase):
             (x, places, ranges[1:], "does not fit"),
             (x, places, ranges + 1, "none of rows"),
         ]
-        stack = cpu.Stack(*tensors, codebook, 200, 130)
+        stack = cpu.kernels().Stack(*tensors, codebook, 200, 130)
         for rows, numbers, groups, message in wrong:
             with self.assertRaisesRegex(ValueError, message):
-                cpu.grouped_linear([(stack, groups, y[:, 0])], rows, numbers)
+                cpu.kernels().grouped_linear([(stack, groups, y[:, 0])], rows, numbers)
         with self.assertRaisesRegex(ValueError, "no stacks of one size"):
-            cpu.Stack(tensors[0][:2], *tensors[1:], codebook, 200, 130)
+            cpu.kernels().Stack(tensors[0][:2], *tensors[1:], codebook, 200, 130)
 
     def test_gradients(self):
         ranges, stacks, weights = self.groups([2, 0, 60])

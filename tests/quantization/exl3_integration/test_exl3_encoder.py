@@ -84,7 +84,7 @@ def squared_error(tiles, states, codebook):
 
 
 def quantize(weight, bits=3, codebook="mul1", **options):
-    best = cpu.search if cpu.LIBRARY.is_file() else search.search_reference
+    best = cpu.kernels().search if cpu.LIBRARY.is_file() else search.search_reference
     return encoder.quantize_weight(weight, bits, codebook, search=best, **options)
 
 
@@ -133,32 +133,32 @@ class Exl3CompiledSearchTest(unittest.TestCase):
         for isa in ISAS:
             with self.subTest(isa=isa), patch.dict(os.environ, EXL3_CPU_ISA=isa):
                 try:
-                    cpu.isa()
+                    cpu.kernels().isa()
                 except ValueError:
                     continue  # not of this machine
-                found = {effort: cpu.search(tiles, bits, codebook, effort) for effort in efforts}
+                found = {effort: cpu.kernels().search(tiles, bits, codebook, effort) for effort in efforts}
                 torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     @parameterized.expand([(2, 1), (3, 2.5), (5, 4), (9, 6)])
     def test_tiles_do_not_depend_on_their_neighbours_or_threads(self, count, bits):
         tiles = codable_tiles(count, bits, "mcg")
         tiles[0, 0] = 1e30
-        expected = torch.cat([cpu.search(tile[None], bits, "mcg") for tile in tiles])
+        expected = torch.cat([cpu.kernels().search(tile[None], bits, "mcg") for tile in tiles])
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            torch.testing.assert_close(cpu.search(tiles, bits, "mcg"), expected, rtol=0, atol=0)
+            torch.testing.assert_close(cpu.kernels().search(tiles, bits, "mcg"), expected, rtol=0, atol=0)
 
     @parameterized.expand(RATES_AND_CODEBOOKS)
     def test_search_error_is_near_that_of_an_exact_search(self, bits, codebook):
         tiles = codable_tiles(96, bits, codebook)
         default, exact = (
-            squared_error(tiles, cpu.search(tiles, bits, codebook, effort), codebook)
+            squared_error(tiles, cpu.kernels().search(tiles, bits, codebook, effort), codebook)
             for effort in ("default", "exact")
         )
         decibel = 10 * torch.log10(default.sum() / exact.sum())
         self.assertLess(decibel.item(), 0.05)
-        fast = squared_error(tiles, cpu.search(tiles, bits, codebook, "fast"), codebook)
+        fast = squared_error(tiles, cpu.kernels().search(tiles, bits, codebook, "fast"), codebook)
         self.assertLess(10 * torch.log10(fast.sum() / exact.sum()).item(), 0.5 if bits <= 4 else 0.2)
         self.assertLess(10 * torch.log10(default / exact).max().item(), 0.5)  # of the worst tile
 
@@ -167,7 +167,8 @@ class Exl3CompiledSearchTest(unittest.TestCase):
         tiles = codable_tiles(16, bits, "mul1")
         tiles[:, 100] = outlier
         default, exact = (
-            squared_error(tiles, cpu.search(tiles, bits, "mul1", effort), "mul1") for effort in ("default", "exact")
+            squared_error(tiles, cpu.kernels().search(tiles, bits, "mul1", effort), "mul1")
+            for effort in ("default", "exact")
         )
         self.assertLess(10 * torch.log10(default.sum() / exact.sum()).item(), 0.1)
 
@@ -176,43 +177,46 @@ class Exl3CompiledSearchTest(unittest.TestCase):
         if bits not in EXACT_ERRORS[codebook]:
             self.skipTest("no figure is published for this rate")
         tiles = codable_tiles(64 if bits < 5 else 256, bits, codebook)  # few weights at the ends weigh most there
-        error = squared_error(tiles, cpu.search(tiles, bits, codebook, "exact"), codebook).sum() / tiles.square().sum()
+        error = (
+            squared_error(tiles, cpu.kernels().search(tiles, bits, codebook, "exact"), codebook).sum()
+            / tiles.square().sum()
+        )
         # What 16 384 samples leave open: at high rates the few beyond the codebook's end weigh most.
         decibel = 10 * torch.log10(error / EXACT_ERRORS[codebook][bits])
         self.assertLess(decibel.item(), 0.15 if bits < 6 else 0.4)
 
     def test_nothing_to_do(self):
-        self.assertEqual(cpu.search(torch.empty(0, 256), 3, "mul1").shape, (0, 256))
+        self.assertEqual(cpu.kernels().search(torch.empty(0, 256), 3, "mul1").shape, (0, 256))
 
     @parameterized.expand([(5,), (0,)])
     def test_search_takes_any_layout(self, count):
         tiles = normal(256, 2 * count)[:, ::2].T
         torch.testing.assert_close(
-            cpu.search(tiles, 4, "mul1"), cpu.search(tiles.contiguous(), 4, "mul1"), rtol=0, atol=0
+            cpu.kernels().search(tiles, 4, "mul1"), cpu.kernels().search(tiles.contiguous(), 4, "mul1"), rtol=0, atol=0
         )
 
     def test_search_refuses_what_it_cannot_read(self):
         for tiles in (normal(2, 256).double(), normal(2, 128), normal(256), torch.empty(2, 256, device="meta")):
             with self.assertRaisesRegex(ValueError, "tiles must be float32"):
-                cpu.search(tiles, 4, "mul1")
+                cpu.kernels().search(tiles, 4, "mul1")
         with self.assertRaisesRegex(ValueError, "finite"):
-            cpu.search(torch.full((1, 256), float("nan")), 4, "mul1")
+            cpu.kernels().search(torch.full((1, 256), float("nan")), 4, "mul1")
         with self.assertRaisesRegex(ValueError, "no rate"):
-            cpu.search(normal(1, 256), 4.5, "mul1")
+            cpu.kernels().search(normal(1, 256), 4.5, "mul1")
         with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook"):
-            cpu.search(normal(1, 256), 4, "mul2")
+            cpu.kernels().search(normal(1, 256), 4, "mul2")
 
     def test_stale_library_is_named(self):
-        cpu._library.cache_clear()
-        self.addCleanup(cpu._library.cache_clear)
-        with patch.object(cpu, "ABI_VERSION", -1), self.assertRaisesRegex(ImportError, "install it again"):
-            cpu.is_available()
+        with patch.object(cpu.kernels(), "ABI_VERSION", -1), self.assertRaisesRegex(ImportError, "install it again"):
+            cpu.kernels().load(cpu.LIBRARY)
 
     @parameterized.expand(RATES_AND_CODEBOOKS)
     @slow
     def test_search_error_on_many_weights(self, bits, codebook):
         tiles = codable_tiles(2048, bits, codebook)
-        error = squared_error(tiles, cpu.search(tiles, bits, codebook), codebook).sum() / tiles.square().sum()
+        error = (
+            squared_error(tiles, cpu.kernels().search(tiles, bits, codebook), codebook).sum() / tiles.square().sum()
+        )
         gap = 10 * torch.log10(error * 4**bits)
         if bits in EXACT_ERRORS[codebook]:
             exact = 10 * torch.log10(torch.tensor(EXACT_ERRORS[codebook][bits] * 4**bits))
@@ -225,14 +229,14 @@ class Exl3CompiledSearchTest(unittest.TestCase):
 @require_torch
 class Exl3MissingKernelsTest(unittest.TestCase):
     def test_missing_library_is_told_once(self):
-        cpu._library.cache_clear()
-        self.addCleanup(cpu._library.cache_clear)
+        cpu._found.cache_clear()
+        self.addCleanup(cpu._found.cache_clear)
         logger = logging.get_logger(cpu.__name__)
         with patch.object(cpu, "LIBRARY", Path("nowhere", "_cpu.so")), CaptureLogger(logger) as captured:
             self.assertFalse(cpu.is_available())
             self.assertFalse(cpu.is_available())
             with self.assertRaisesRegex(RuntimeError, "not there"):
-                cpu.search(normal(1, 256), 4, "mul1")
+                cpu.kernels().search(normal(1, 256), 4, "mul1")
         self.assertEqual(captured.out.count("compiled CPU kernels of EXL3 are missing"), 1)
         self.assertIn("C++ compiler", captured.out)
 
@@ -358,7 +362,7 @@ class Exl3QuantizeWeightTest(unittest.TestCase):
 @require_torch
 class Exl3EmbeddingEncoderTest(unittest.TestCase):
     def quantize(self, table, bits=4, **options):
-        best = cpu.search if cpu.LIBRARY.is_file() else search.search_reference
+        best = cpu.kernels().search if cpu.LIBRARY.is_file() else search.search_reference
         return encoder.quantize_embedding(table, bits, search=best, **options)
 
     def rows(self, quantized, width):

@@ -218,7 +218,7 @@ class Exl3ModulesTest(unittest.TestCase):
             inputs = x[:tokens], index, weights[:tokens]
             with by_operators:
                 expected = module(*inputs)
-            with patch.object(cpu, "_call", wraps=cpu._call) as call:
+            with patch.object(cpu.kernels(), "_call", wraps=cpu.kernels()._call) as call:
                 torch.testing.assert_close(module(*inputs), expected, rtol=0, atol=0)
             names = [arguments[0] for arguments, _ in call.call_args_list]
             self.assertEqual(names, ["exl3_grouped_linear"] * 2)
@@ -248,16 +248,18 @@ class Exl3ModulesTest(unittest.TestCase):
         others, sizes = [tensor.detach().clone() for tensor in own], (stack.in_features, stack.out_features)
         packed, other = grouped.PackedStack(), []
 
+        kind = cpu.kernels().Stack
+
         def switch(*args):
             if not other:
                 other.append(None)
                 other[0] = packed(*others, None, stack.codebook, *sizes)
-            return cpu.Stack(*args)
+            return kind(*args)
 
-        with patch.object(grouped.PackedStack, "kind", staticmethod(switch)):
+        with patch.object(cpu.kernels(), "Stack", switch):
             found = packed(*own, None, stack.codebook, *sizes)
         for tensors, stacks in ((own, found), (others, other[0])):
-            self.assertEqual(stacks._constant, cpu.Stack(*tensors, None, stack.codebook, *sizes)._constant)
+            self.assertEqual(stacks._constant, cpu.kernels().Stack(*tensors, None, stack.codebook, *sizes)._constant)
 
     @parameterized.expand(["float32", "bfloat16"])
     def test_outputs_of_many_tokens_are_added_up_in_one_order(self, dtype):

@@ -98,5 +98,5 @@ class Exl3ProgressTest(unittest.TestCase):
     def test_a_device_without_a_search_has_tiles_searched_on_the_cpu(self):
         search_on_host = encoding.search_on(torch.device("mps"))
         tiles = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
-        assert_close(search_on_host(tiles, 2, "mul1"), ops.cpu.search(tiles, 2, "mul1"), rtol=0, atol=0)
+        assert_close(search_on_host(tiles, 2, "mul1"), ops.cpu.kernels().search(tiles, 2, "mul1"), rtol=0, atol=0)
         progress.Progress(10**9, 4, "mul1", "default").check(torch.device("mps"))

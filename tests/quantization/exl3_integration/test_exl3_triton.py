@@ -90,11 +90,11 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
     def test_decode_is_the_reference_to_the_byte(self, bits, codebook):
         trellis = random_trellis(8, 16, bits)
         expected = format.decode(trellis, codebook)
-        torch.testing.assert_close(gpu.decode(trellis, codebook, torch.float16), expected, rtol=0, atol=0)
+        torch.testing.assert_close(gpu.kernels().decode(trellis, codebook, torch.float16), expected, rtol=0, atol=0)
         # Tiles in the other order in memory, as a slice of more columns
         stored = trellis.transpose(0, 1).contiguous().transpose(0, 1)
         self.assertFalse(stored.is_contiguous())
-        found = gpu.decode(stored[:, 8:], codebook, torch.float32)
+        found = gpu.kernels().decode(stored[:, 8:], codebook, torch.float32)
         torch.testing.assert_close(found, expected[:, 128:].float(), rtol=0, atol=0)
 
     @parameterized.expand(all_codes())
@@ -232,13 +232,13 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         for members in ([0, 1, 2, 3, 4], [1, 3], [2], [4], []):
             some = [tensor[members] for tensor in (trellis, *others)]
             some[0] = some[0].transpose(1, 2).contiguous().transpose(1, 2)
-            y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1)[members], *some, "mul1", 200)
+            y = gpu.kernels().grouped_linear(x, bounds.unfold(0, 2, 1)[members], *some, "mul1", 200)
             exact = torch.zeros(16, 200, dtype=torch.float64)
             for member in members:
                 rows = slice(bounds[member], bounds[member + 1])
                 exact[rows] = layers[member].exact(x[rows])
             self.assertLess((y - exact).norm(), 1e-6 * exact.norm() + 1e-30)
-        y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1), trellis, *others, "mul1", 200)
+        y = gpu.kernels().grouped_linear(x, bounds.unfold(0, 2, 1), trellis, *others, "mul1", 200)
         self.assertLess(relative_error(y[1:4], layers[1].exact(x[1:4])), TOLERANCE[torch.float32])
 
     def _check_experts(self, layers, counts, dtype=torch.float32):
@@ -256,14 +256,14 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         layers = [Layer(256, 128, bias=True, seed=seed) for seed in range(3)]
         x, ranges, stacks = layers[0].inputs(3), torch.arange(4).unfold(0, 2, 1), stack_of(layers)
         with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'mul2'"):
-            gpu.grouped_linear(x, ranges, *stacks, "mul2", 128)
+            gpu.kernels().grouped_linear(x, ranges, *stacks, "mul2", 128)
         with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
-            gpu.grouped_linear(x, ranges, stacks[0].to("meta"), *stacks[1:], "mul1", 128)
+            gpu.kernels().grouped_linear(x, ranges, stacks[0].to("meta"), *stacks[1:], "mul1", 128)
         odd = torch.zeros(stacks[0].numel() + 1, dtype=torch.int16)[1:].view(stacks[0].shape)
         with self.assertRaisesRegex(ValueError, "multiples of 4"):
-            gpu.grouped_linear(x, ranges, odd, *stacks[1:], "mul1", 128)
+            gpu.kernels().grouped_linear(x, ranges, odd, *stacks[1:], "mul1", 128)
         with self.assertRaisesRegex(ValueError, "activations must be"):
-            gpu.grouped_linear(x.double(), ranges, *stacks, "mul1", 128)
+            gpu.kernels().grouped_linear(x.double(), ranges, *stacks, "mul1", 128)
 
     def test_the_operator_of_experts(self):
         """`exl3::grouped_linear` on the kernels, which ask nothing of the host, and on a GPU that has no use for them."""
@@ -278,7 +278,12 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
             with mock.patch.object(grouped, "_groups", side_effect=AssertionError("the host was asked")):
                 self.assertLess(relative_error(run(), expected.double()), 1e-6)
             turing = mock.patch.object(triton_linear, "row_tiles", lambda target: {})
-            with turing, mock.patch.object(gpu, "grouped_linear", side_effect=AssertionError("no matrix instruction")):
+            with (
+                turing,
+                mock.patch.object(
+                    gpu.kernels(), "grouped_linear", side_effect=AssertionError("no matrix instruction")
+                ),
+            ):
                 triton_linear.choose_product.cache_clear()
                 self.addCleanup(triton_linear.choose_product.cache_clear)
                 self.assertLess(relative_error(run(), expected.double()), 1e-6)
@@ -291,7 +296,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         expected = module(x, index, weights)
         with (
             mock.patch.object(gpu, "is_available", lambda device: True),
-            mock.patch.object(gpu, "grouped_linear", wraps=gpu.grouped_linear) as launches,
+            mock.patch.object(gpu.kernels(), "grouped_linear", wraps=gpu.kernels().grouped_linear) as launches,
             mock.patch.object(grouped, "_groups", side_effect=AssertionError("the host was asked")),
             mock.patch.object(ops, "is_direct", lambda *_: False),
         ):
@@ -351,29 +356,29 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
 
     def test_search_of_a_whole_tile(self):
         tile = Layer(256, 128).inputs(1)
-        found = gpu.search(tile, 1, "mul1", "fast")
+        found = gpu.kernels().search(tile, 1, "mul1", "fast")
         torch.testing.assert_close(found, search.search_reference(tile, 1, "mul1", "fast"), rtol=0, atol=0)
 
     def test_bad_tiles_are_refused(self):
         for tiles in (torch.zeros(2, 256).double(), torch.zeros(2, 128), torch.zeros(256)):
             with self.assertRaisesRegex(ValueError, r"tiles must be float32 \[n, 256\]"):
-                gpu.search(tiles, 4, "mul1")
+                gpu.kernels().search(tiles, 4, "mul1")
         with self.assertRaisesRegex(ValueError, "finite"):
-            gpu.search(torch.full((1, 256), float("inf")), 4, "mul1")
+            gpu.kernels().search(torch.full((1, 256), float("inf")), 4, "mul1")
         with self.assertRaisesRegex(ValueError, "no rate"):
-            gpu.search(torch.zeros(1, 256), 4.5, "mul1")
-        self.assertEqual(gpu.search(torch.empty(0, 256), 4, "mul1").shape, (0, 256))
+            gpu.kernels().search(torch.zeros(1, 256), 4.5, "mul1")
+        self.assertEqual(gpu.kernels().search(torch.empty(0, 256), 4, "mul1").shape, (0, 256))
 
     def test_the_operator_of_encoding(self):
         """`exl3::encode` with the search of this door, whose kernel is another one here to save time."""
         weight = Layer(200, 100).inputs(100)
         expected = encoding.encode(weight, 3, "mul1", 5)
-        other = cpu._search_kernel if cpu.is_available() else search.reference_kernel
+        other = cpu.kernels()._search_kernel if cpu.is_available() else search.reference_kernel
         self.addCleanup(gpu.has_search.cache_clear)
         with (
             mock.patch.object(gpu, "is_available", lambda device: True),
             mock.patch.object(triton_search, "kernel", lambda *args: other(*args[:-1])),
-            mock.patch.object(gpu, "search", wraps=gpu.search) as found,
+            mock.patch.object(gpu.kernels(), "search", wraps=gpu.kernels().search) as found,
         ):
             torch.testing.assert_close(encoding.encode(weight, 3, "mul1", 5), expected, rtol=0, atol=0)
         self.assertGreater(found.call_count, 1)
@@ -389,8 +394,8 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
     def test_the_check_before_the_first_use(self):
         gpu.check(torch.device("cpu"))
         for name, message in (("decode", "decode wrongly"), ("linear", "multiply wrongly")):
-            kernel = getattr(gpu, name)
-            with mock.patch.object(gpu, name, lambda *args, kernel=kernel: kernel(*args) + 1):
+            kernel = getattr(gpu.kernels(), name)
+            with mock.patch.object(gpu.kernels(), name, lambda *args, kernel=kernel: kernel(*args) + 1):
                 with self.assertRaisesRegex(RuntimeError, message):
                     gpu.check(torch.device("cpu"))
 
@@ -399,9 +404,9 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "must be float32, float16, bfloat16, not float64"):
             layer.linear(layer.inputs(1).double())
         with self.assertRaisesRegex(ValueError, "must be float32, float16, bfloat16, not int8"):
-            gpu.decode(layer.trellis, "mul1", torch.int8)
+            gpu.kernels().decode(layer.trellis, "mul1", torch.int8)
         with self.assertRaisesRegex(ValueError, "unknown EXL3 codebook 'mul2'"):
-            gpu.decode(layer.trellis, "mul2", torch.float16)
+            gpu.kernels().decode(layer.trellis, "mul2", torch.float16)
         for trellis, message in (
             (layer.trellis.int(), "int16"),
             (layer.trellis[:4], "whole blocks"),
@@ -411,7 +416,7 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
             (torch.zeros(8 * 8 * 64 + 1, dtype=torch.int16)[1:].view(8, 8, 64), "multiples of 4"),
         ):
             with self.assertRaisesRegex(ValueError, message):
-                gpu.decode(trellis, "mul1", torch.float16)
+                gpu.kernels().decode(trellis, "mul1", torch.float16)
         layer.svh = layer.svh.to("meta")
         with self.assertRaisesRegex(ValueError, "different devices: cpu, meta"):
             layer.linear(layer.inputs(1))
@@ -426,4 +431,4 @@ class Exl3TritonWholeTilesTest(unittest.TestCase):
         tiles[1, ::37] *= 5
         for effort in search.EFFORTS if bits <= 4 else ("default",):
             expected = search.search_reference(tiles, bits, codebook, effort)
-            torch.testing.assert_close(gpu.search(tiles, bits, codebook, effort), expected, rtol=0, atol=0)
+            torch.testing.assert_close(gpu.kernels().search(tiles, bits, codebook, effort), expected, rtol=0, atol=0)

@@ -23,7 +23,7 @@ from parameterized import parameterized
 
 from transformers.integrations.exl3 import encoder, encoding, format, ops, search
 from transformers.integrations.exl3.hadamard import hadamard
-from transformers.integrations.exl3.kernels import cpu
+from transformers.integrations.exl3.kernels import DTYPES, cpu
 from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import require_torch, require_torch_accelerator, slow, torch_device
 
@@ -55,7 +55,7 @@ class Exl3TritonFallbackTest(unittest.TestCase):
 
     @staticmethod
     def _forget():
-        for function in (gpu._imports, gpu._works, gpu._warn, gpu.has_search):
+        for function in (gpu.kernels, gpu._imports, gpu._works, gpu._warn, gpu.has_search):
             function.cache_clear()
 
     def test_missing_triton_is_told_once(self):
@@ -101,7 +101,7 @@ class Exl3TritonFallbackTest(unittest.TestCase):
         ):
             self._forget()
             with (
-                mock.patch.object(gpu, "search", **broken) as broken_search,
+                mock.patch.object(gpu.kernels(), "search", **broken) as broken_search,
                 self.assertLogs("transformers.integrations.exl3.kernels.triton.gpu", "WARNING") as logs,
             ):
                 self.assertFalse(gpu.has_search(device) or gpu.has_search(device))
@@ -139,11 +139,13 @@ class Exl3TritonGpuTest(unittest.TestCase):
     @parameterized.expand(all_codes())
     def test_decode_is_the_reference_to_the_byte(self, bits, codebook):
         trellis = random_trellis(64, 40, bits).to(torch_device)
-        for dtype in gpu.DTYPES:
+        for dtype in DTYPES:
             expected = format.decode(trellis, codebook).to(dtype)
-            torch.testing.assert_close(gpu.decode(trellis, codebook, dtype), expected, rtol=0, atol=0)
+            torch.testing.assert_close(gpu.kernels().decode(trellis, codebook, dtype), expected, rtol=0, atol=0)
             stored = trellis.transpose(0, 1).contiguous().transpose(0, 1)
-            torch.testing.assert_close(gpu.decode(stored[:, 8:], codebook, dtype), expected[:, 128:], rtol=0, atol=0)
+            torch.testing.assert_close(
+                gpu.kernels().decode(stored[:, 8:], codebook, dtype), expected[:, 128:], rtol=0, atol=0
+            )
 
     @parameterized.expand(all_codes())
     def test_product(self, bits, codebook):
@@ -207,7 +209,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
         stacks = stack_of(layers)  # these have not been multiplied before
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = gpu.grouped_linear(x, bounds.unfold(0, 2, 1), *stacks, "mul1", 512)
+            y = gpu.kernels().grouped_linear(x, bounds.unfold(0, 2, 1), *stacks, "mul1", 512)
         for seed in range(5):
             generator = torch.Generator().manual_seed(seed)
             owners = torch.randint(0, (1, 3, experts)[seed % 3], (rows,), generator=generator).sort().values
@@ -251,7 +253,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
         tiles[::7, ::37] *= 5  # some saturate
         for effort in search.EFFORTS:
             expected = self._search_on_cpu(tiles[:40] if effort == "exact" else tiles, bits, codebook, effort)
-            found = gpu.search(tiles[: len(expected)].to(torch_device), bits, codebook, effort)
+            found = gpu.kernels().search(tiles[: len(expected)].to(torch_device), bits, codebook, effort)
             with self.subTest(effort=effort):
                 torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
 
@@ -295,7 +297,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
 
     @staticmethod
     def _search_on_cpu(tiles, *arguments):
-        kernel = cpu.search if cpu.is_available() else search.search_reference
+        kernel = cpu.kernels().search if cpu.is_available() else search.search_reference
         return kernel(tiles, *arguments)
 
     def test_several_streams(self):
@@ -322,7 +324,7 @@ class Exl3TritonGpuTest(unittest.TestCase):
             results.append(layer.linear(layer.inputs(1)).cpu())
         torch.testing.assert_close(*results, rtol=0, atol=0)
         tiles = torch.randn(8, format.TILE_SIZE)
-        found = [gpu.search(tiles.to(f"{kind}:{index}"), 4, "mul1").cpu() for index in (1, 0)]
+        found = [gpu.kernels().search(tiles.to(f"{kind}:{index}"), 4, "mul1").cpu() for index in (1, 0)]
         torch.testing.assert_close(*found, rtol=0, atol=0)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs the allocator's statistics")
@@ -343,11 +345,13 @@ class Exl3TritonGpuTest(unittest.TestCase):
         trellis = random_trellis(2048, 8, 8).to(torch_device).repeat(1, 2048, 1)
         trellis[-8:, -8:] = random_trellis(8, 8, 8, seed=1).to(torch_device)
         expected = format.decode(trellis[-8:, -8:].contiguous(), "mul1")
-        torch.testing.assert_close(gpu.decode(trellis, "mul1", torch.float16)[-128:, -128:], expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            gpu.kernels().decode(trellis, "mul1", torch.float16)[-128:, -128:], expected, rtol=0, atol=0
+        )
         suh, svh = (torch.ones(n * 16, device=torch_device) for n in trellis.shape[:2])
         x = torch.zeros(1, suh.shape[0], device=torch_device)
         x[:, -128:] = 1
-        y = gpu.linear(x, trellis, suh, svh, None, "mul1", svh.shape[0])[:, -128:]
+        y = gpu.kernels().linear(x, trellis, suh, svh, None, "mul1", svh.shape[0])[:, -128:]
         exact = hadamard(hadamard(x[:, -128:].double()) @ expected.double())
         self.assertLess(relative_error(y, exact), TOLERANCE[torch.float32])
 

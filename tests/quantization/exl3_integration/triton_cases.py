@@ -91,7 +91,7 @@ class Layer:
         return torch.randn(rows, self.in_features, generator=generator).to(self.trellis.device, dtype)
 
     def linear(self, x):
-        return gpu.linear(x, self.trellis, self.suh, self.svh, self.bias, self.codebook, self.out_features)
+        return gpu.kernels().linear(x, self.trellis, self.suh, self.svh, self.bias, self.codebook, self.out_features)
 
     def exact(self, x):
         x = torch.nn.functional.pad(x.double(), (0, self.suh.shape[0] - self.in_features)) * self.suh.double()
@@ -102,7 +102,9 @@ class Layer:
 
 def grouped_linear(layers, x, bounds):
     """What `grouped.grouped_linear` has the kernels compute with `layers`, all of one kind."""
-    return gpu.grouped_linear(x, bounds.unfold(0, 2, 1), *stack_of(layers), layers[0].codebook, layers[0].out_features)
+    return gpu.kernels().grouped_linear(
+        x, bounds.unfold(0, 2, 1), *stack_of(layers), layers[0].codebook, layers[0].out_features
+    )
 
 
 def stack_of(layers):

@@ -30,13 +30,14 @@ class HubKernelTest(unittest.TestCase):
         cls.folder = cls.kernels / "exl3-cpu"
 
     def setUp(self):
-        cpu._library.cache_clear()
-        self.addCleanup(cpu._library.cache_clear)
+        cpu._found.cache_clear()
+        self.addCleanup(cpu._found.cache_clear)
         # Whether upstream takes the release of `kernels` that is installed is its own affair.
         self.enter(patch.object(hub, "is_kernels_available", return_value=True))
         self.enter(patch.object(hub_kernels, "_kernels_enabled", True))
         self.take_from(self.folder)
-        self.addCleanup(gpu._hub_package.cache_clear)
+        gpu.kernels.cache_clear()
+        self.addCleanup(gpu.kernels.cache_clear)
 
     def enter(self, patcher):
         patcher.start()
@@ -47,12 +48,15 @@ class HubKernelTest(unittest.TestCase):
         local = ":".join(f"{name}={path}" for name, path in folders.items())
         self.enter(patch.dict(os.environ, {"LOCAL_KERNELS": local}))
 
+    def library(self):
+        return Path(cpu.kernels()._library._name)
+
     def test_kernel_builder_reads_the_project(self):
         from kernels._rust import Build
 
         Build.open(self.folder)  # which parses and checks it as kernel-builder does
         config = tomllib.loads((self.folder / "build.toml").read_text("utf-8"))
-        self.assertEqual(config["general"]["version"], cpu.ABI_VERSION)
+        self.assertEqual(config["general"]["version"], cpu.HUB_VERSION)
         kernel = config["kernel"]["exl3_cpu"]
         self.assertIn("-ffp-contract=off", kernel["cxx-flags"])
         included = {f"exl3_cpu/{name}" for path in self.folder.glob("exl3_cpu/*") for name in included_by(path)}
@@ -62,23 +66,19 @@ class HubKernelTest(unittest.TestCase):
     def test_products_are_those_of_the_built_library(self):
         trellis = torch.randint(-(2**15), 2**15, (8, 16, 48), dtype=torch.int16)
         suh, svh = torch.rand(128), torch.rand(256)
-        weight = cpu.dequantize(trellis, suh, svh, "mul1")
-        self.assertEqual(Path(cpu._library()._name).parent.parent.parent, self.folder)
-        cpu._library.cache_clear()
+        weight = cpu.kernels().dequantize(trellis, suh, svh, "mul1")
+        self.assertEqual(self.library().parent.parent.parent, self.folder)
+        cpu._found.cache_clear()
         with patch.object(hub_kernels, "_kernels_enabled", False):
-            torch.testing.assert_close(cpu.dequantize(trellis, suh, svh, "mul1"), weight, rtol=0, atol=0)
-            self.assertEqual(Path(cpu._library()._name), cpu.LIBRARY)
-
-    def test_another_abi_is_refused(self):
-        with patch.object(cpu, "ABI_VERSION", 1), self.assertRaisesRegex(ImportError, f"needs 1: .*{cpu.HUB_KERNEL}"):
-            cpu.is_available()
+            torch.testing.assert_close(cpu.kernels().dequantize(trellis, suh, svh, "mul1"), weight, rtol=0, atol=0)
+            self.assertEqual(self.library(), cpu.LIBRARY)
 
     def test_a_folder_without_a_kernel_is_told_and_the_built_library_used(self):
         self.take_from(self.folder / "exl3_cpu")
         with CaptureLogger(logging.get_logger(hub.__name__)) as captured:
             self.assertTrue(cpu.is_available())
         self.assertIn("Cannot find a build variant", captured.out)
-        self.assertEqual(Path(cpu._library()._name), cpu.LIBRARY)
+        self.assertEqual(self.library(), cpu.LIBRARY)
 
     @unittest.skipUnless(importlib.util.find_spec("triton"), "needs triton")
     def test_triton_kernels_are_the_same_files(self):
@@ -86,12 +86,12 @@ class HubKernelTest(unittest.TestCase):
 
         Build.open(self.kernels / "exl3-triton")
         with patch.object(gpu, "_ARE_HERE", False):
-            for name in ("linear", "dequantize", "search", "target"):
-                module = gpu._kernels(name)
+            calls = gpu.kernels()
+            for module in (calls, calls.kernels, calls.dequantizing, calls.searching, calls.target):
                 self.assertTrue(Path(module.__file__).is_relative_to(self.kernels), module.__file__)
-                here = Path(gpu.__file__).with_name(f"{name}.py")
+                here = Path(gpu.__file__).with_name(Path(module.__file__).name)
                 self.assertEqual(Path(module.__file__).read_bytes(), here.read_bytes())
-            self.assertTrue(gpu._kernels("linear").row_tiles(gpu._kernels("target").Target("cuda", "sm_80", 108)))
+            self.assertTrue(calls.kernels.row_tiles(calls.target.Target("cuda", "sm_80", 108)))
 
     def test_without_any_library_the_reasons_are_told(self):
         logger = logging.get_logger(cpu.__name__)

@@ -98,11 +98,11 @@ def encode_embedding_with_progress(weight, bits, seed, effort="default", progres
 def search_on(device: torch.device) -> Callable:
     """The fastest search for tiles on `device` that there is, with the signature and the states of `search.search_reference`."""
     if gpu.is_available(device) and gpu.has_search(device):
-        return gpu.search
+        return gpu.kernels().search
     if not cpu.is_available():
         return encoder.search_reference
-    return cpu.search if device.type == "cpu" else _search_on_host
+    return cpu.kernels().search if device.type == "cpu" else _search_on_host
 
 
 def _search_on_host(tiles, bits, codebook, effort="default"):
-    return cpu.search(tiles.cpu(), bits, codebook, effort).to(tiles.device)
+    return cpu.kernels().search(tiles.cpu(), bits, codebook, effort).to(tiles.device)

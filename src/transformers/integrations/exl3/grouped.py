@@ -29,7 +29,7 @@ import functools
 import torch
 
 from . import ops
-from .kernels import cpu
+from .kernels import check_devices, cpu
 from .kernels.triton import gpu
 
 
@@ -122,21 +122,21 @@ def grouped_linear(
     """
     _check_stack(x, ranges, trellis, suh, svh, bias, out_features)
     suh, svh, bias = map(_as_rows, (suh, svh, bias))
-    if gpu.is_available(x.device) and gpu.has_grouped_linear(x.device):
-        return gpu.grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
+    if gpu.is_available(x.device) and gpu.kernels().has_grouped_linear(x.device):
+        return gpu.kernels().grouped_linear(x, ranges, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_zeros(x.shape[0], out_features)
     few = ops.most_rows(x)
     if few and len(ranges):
         trellis = trellis if trellis.stride(-1) == 1 else trellis.contiguous()
-        stack = cpu.Stack(trellis, suh, svh, bias, codebook, x.shape[1], out_features)
-        cpu.grouped_linear([(stack, ranges.long(), y)], x if x.stride(1) == 1 else x.contiguous(), most=few)
+        stack = cpu.kernels().Stack(trellis, suh, svh, bias, codebook, x.shape[1], out_features)
+        cpu.kernels().grouped_linear([(stack, ranges.long(), y)], x if x.stride(1) == 1 else x.contiguous(), most=few)
         if x.shape[0] <= few:
             return y
     for group, rows in _groups(ranges, x.shape[0]):
         if rows.stop - rows.start > few:
             layer = (trellis[group], suh[group], svh[group], None if bias is None else bias[group], codebook)
             if gpu.is_available(x.device):
-                y[rows] = gpu.linear(x[rows], *layer, out_features)
+                y[rows] = gpu.kernels().linear(x[rows], *layer, out_features)
             else:
                 ops.multiply_in_strips(x[rows], *layer, y[rows])
     return y
@@ -144,17 +144,19 @@ def grouped_linear(
 
 @grouped_linear.register_fake
 def _(x, ranges, trellis, suh, svh, bias, codebook, out_features):
-    gpu.check_devices(x, ranges, trellis, suh, svh, bias)
+    check_devices(x, ranges, trellis, suh, svh, bias)
     return x.new_empty(x.shape[0], out_features)
 
 
 class PackedStack(ops.Packed):
     """What `multiply_groups` takes for stacked tensors."""
 
-    kind = cpu.Stack
+    kind = "Stack"
 
 
-multiply_groups = cpu.grouped_linear
+def multiply_groups(products: list[tuple], x: torch.Tensor, places: torch.Tensor):
+    """The rows `places` of `x` through several stacks at once. Arguments as of the compiled `grouped_linear`."""
+    cpu.kernels().grouped_linear(products, x, places)
 
 
 @torch.library.custom_op("exl3::grouped_linear_input_grad", mutates_args=())
@@ -178,7 +180,7 @@ def grouped_linear_input_grad(
 
 @grouped_linear_input_grad.register_fake
 def _(grad, ranges, trellis, suh, svh, codebook, in_features):
-    gpu.check_devices(grad, ranges, trellis, suh, svh)
+    check_devices(grad, ranges, trellis, suh, svh)
     return grad.new_empty(grad.shape[0], in_features)
 
 

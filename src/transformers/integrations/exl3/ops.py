@@ -34,7 +34,7 @@ import torch
 
 from . import format
 from .hadamard import hadamard
-from .kernels import cpu
+from .kernels import DTYPES, check_devices, cpu
 from .kernels.triton import gpu
 
 
@@ -48,22 +48,22 @@ FEW_ROWS = 48
 
 def is_compiled(tensor: torch.Tensor) -> bool:
     """Whether the compiled kernels of the CPU compute what `tensor` is the input of."""
-    return tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES and cpu.is_available()
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and cpu.is_available()
 
 
 def most_rows(x: torch.Tensor) -> int:
     """Up to how many rows like those of `x` the compiled kernel of the CPU multiplies while it decodes."""
     if not is_compiled(x):
         return 0
-    return sys.maxsize if x.dtype is not torch.float32 and cpu.multiplies_many_rows() else FEW_ROWS
+    return sys.maxsize if x.dtype is not torch.float32 and cpu.kernels().multiplies_many_rows() else FEW_ROWS
 
 
 def _decode(trellis: torch.Tensor, codebook: str, dtype: torch.dtype) -> torch.Tensor:
     """The inner matrix `[in, out]` of `trellis`, in `dtype`."""
     if gpu.is_available(trellis.device):
-        return gpu.decode(trellis, codebook, dtype)
-    if trellis.device.type == "cpu" and dtype in cpu.DTYPES and cpu.is_available():
-        return cpu.decode(trellis, codebook, dtype)
+        return gpu.kernels().decode(trellis, codebook, dtype)
+    if trellis.device.type == "cpu" and dtype in DTYPES and cpu.is_available():
+        return cpu.kernels().decode(trellis, codebook, dtype)
     return format.decode(trellis, codebook).to(dtype)
 
 
@@ -71,15 +71,15 @@ def _rotate(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`hadamard(x * scale)` for `x` `[rows, n]` padded with zeros to the size of `scale`, in the dtype to multiply in."""
     dtype = _product_dtype(x)
     if is_compiled(x):
-        return cpu.rotate(x, before=scale, out=x.new_empty(x.shape[0], scale.shape[0], dtype=dtype))
+        return cpu.kernels().rotate(x, before=scale, out=x.new_empty(x.shape[0], scale.shape[0], dtype=dtype))
     padded = torch.nn.functional.pad(x.float(), (0, scale.shape[0] - x.shape[1]))
     return hadamard(padded * scale.float()).to(dtype)
 
 
 def _rotate_back(product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor):
     """Write `hadamard(product) * scale + bias` to `out`, cut to its width; `bias` is as long as that is wide."""
-    if is_compiled(product) and out.dtype in cpu.DTYPES:
-        cpu.rotate(product, after=scale, bias=bias, out=out)
+    if is_compiled(product) and out.dtype in DTYPES:
+        cpu.kernels().rotate(product, after=scale, bias=bias, out=out)
         return
     y = (hadamard(product.float()) * scale.float())[:, : out.shape[1]]
     out.copy_(y if bias is None else y + bias.float())
@@ -89,7 +89,8 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
     """What a product of `x` is computed in, whose sums are of fp32 then: fp32 on a CPU that has no bf16 products."""
     if x.device.type != "cpu":
         return x.dtype
-    return x.dtype if x.dtype is torch.bfloat16 and cpu.multiplies_bfloat16() else torch.float32
+    is_fast = x.dtype is torch.bfloat16 and cpu.is_available() and cpu.kernels().multiplies_bfloat16()
+    return x.dtype if is_fast else torch.float32
 
 
 def _strips(length: int, width: int):
@@ -182,11 +183,11 @@ def linear(
     """
     check_product(x, trellis, suh, svh, bias, out_features)
     if gpu.is_available(x.device):
-        return gpu.linear(x, trellis, suh, svh, bias, codebook, out_features)
+        return gpu.kernels().linear(x, trellis, suh, svh, bias, codebook, out_features)
     y = x.new_empty(*x.shape[:-1], out_features)
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
     if rows.shape[0] <= most_rows(x):
-        cpu.linear([(rows, trellis, suh, svh, bias, codebook)], [out])
+        cpu.kernels().linear([(rows, trellis, suh, svh, bias, codebook)], [out])
     else:
         multiply_in_strips(rows, trellis, suh, svh, bias, codebook, out)
     return y
@@ -223,7 +224,7 @@ def is_direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         is_watched()
         or type(x) is not torch.Tensor
         or not x.is_cpu
-        or x.dtype not in cpu.DTYPES
+        or x.dtype not in DTYPES
         or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
     )
 
@@ -231,7 +232,7 @@ def is_direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 class Packed:
     """What the compiled kernel takes for a layer's tensors: made when it is first asked for, and again for other tensors."""
 
-    kind = cpu.Weight
+    kind = "Weight"  # among the kernels
 
     def __init__(self):
         self._found = None, None  # in one, so that each thread has the weight of the tensors that it asks for
@@ -246,7 +247,10 @@ class Packed:
                 type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu and t.stride(-1) == 1 for t in tensors
             )
             is_taken = are_rows and trellis.dtype is torch.int16 and cpu.is_available()
-            weight = self.kind(trellis, suh, svh, bias, codebook, in_features, out_features) if is_taken else None
+            weight = None
+            if is_taken:
+                kind = getattr(cpu.kernels(), self.kind)
+                weight = kind(trellis, suh, svh, bias, codebook, in_features, out_features)
             self._found = key, weight
         return weight
 
@@ -271,7 +275,7 @@ class DirectLinear:
 
 @linear.register_fake
 def _(x, trellis, suh, svh, bias, codebook, out_features):
-    gpu.check_devices(x, trellis, suh, svh, bias)
+    check_devices(x, trellis, suh, svh, bias)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -302,7 +306,7 @@ def multiply_transposed(rows, trellis, suh, svh, codebook, x):
 
 @linear_input_grad.register_fake
 def _(grad, trellis, suh, svh, codebook, in_features):
-    gpu.check_devices(grad, trellis, suh, svh)
+    check_devices(grad, trellis, suh, svh)
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
@@ -347,12 +351,12 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
     """
     _check_weight(trellis, suh, svh)
     if trellis.device.type == "cpu" and cpu.is_available():
-        return cpu.dequantize(trellis, suh, svh, codebook)
+        return cpu.kernels().dequantize(trellis, suh, svh, codebook)
     weight = torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
     for strip in _strips(trellis.shape[1], trellis.shape[0]):
         columns = _features(strip)
         if gpu.is_available(trellis.device):
-            gpu.dequantize(trellis[:, strip], suh, svh[columns], codebook, weight[columns])
+            gpu.kernels().dequantize(trellis[:, strip], suh, svh[columns], codebook, weight[columns])
             continue
         inner = format.decode(trellis[:, strip], codebook).float()
         weight[columns] = hadamard(hadamard(inner).T) * suh.float() * svh[columns, None].float()
@@ -361,7 +365,7 @@ def dequantize(trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, code
 
 @dequantize.register_fake
 def _(trellis, suh, svh, codebook):
-    gpu.check_devices(trellis, suh, svh)
+    check_devices(trellis, suh, svh)
     return torch.empty(svh.shape[0], suh.shape[0], dtype=torch.float32, device=trellis.device)
 
 
@@ -396,5 +400,5 @@ def embedding(ids: torch.Tensor, trellis: torch.Tensor, signs: torch.Tensor, emb
 
 @embedding.register_fake
 def _(ids, trellis, signs, embedding_dim):
-    gpu.check_devices(ids, trellis, signs)
+    check_devices(ids, trellis, signs)
     return torch.empty(*ids.shape, embedding_dim, dtype=torch.float32, device=trellis.device)

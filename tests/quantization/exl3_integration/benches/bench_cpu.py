@@ -229,7 +229,7 @@ if __name__ == "__main__":
     versions = [f"torch {torch.__version__}"]
     if importlib.util.find_spec("bitsandbytes"):
         versions.append(f"bitsandbytes {importlib.metadata.version('bitsandbytes')}")
-    print(f"instruction set: {cpu.isa()}, {', '.join(versions)}; speeds over bf16\n")
+    print(f"instruction set: {cpu.kernels().isa()}, {', '.join(versions)}; speeds over bf16\n")
     if arguments.model:
         model_table(format.check_bits(arguments.bits))
     elif arguments.experts:

@@ -49,18 +49,18 @@ def search_table(count, codebook):
     threads = sorted({1, torch.get_num_threads()})
     header = "".join(f" | k weights/s, {number} threads" for number in threads)
     print(
-        f"instruction set: {cpu.isa()}, codebook: {codebook}\n\n| K | effort{header} | gap to the bound (dB) | loss (dB) |"
+        f"instruction set: {cpu.kernels().isa()}, codebook: {codebook}\n\n| K | effort{header} | gap to the bound (dB) | loss (dB) |"
     )
     print("|---" * (len(threads) + 4) + "|")
     for bits in format.BITS:
         scale = search.INPUT_RMS[codebook][bits]
         tiles = torch.randn(count, format.TILE_SIZE, generator=torch.Generator().manual_seed(0)) * scale
-        exact = cpu.search(tiles, bits, codebook, "exact")
+        exact = cpu.kernels().search(tiles, bits, codebook, "exact")
         for effort in ("default", "fast"):
             speeds = []
             for number in threads:
                 torch.set_num_threads(number)
-                states, seconds = timed(lambda: cpu.search(tiles, bits, codebook, effort))
+                states, seconds = timed(lambda: cpu.kernels().search(tiles, bits, codebook, effort))
                 speeds.append(f" | {tiles.numel() / seconds / 1e3:.0f}")
             errors = [(values[some] - tiles).double().square().mean().item() / scale**2 for some in (states, exact)]
             gap, loss = 10 * math.log10(errors[0] * 4**bits), 10 * math.log10(errors[0] / errors[1])
@@ -73,7 +73,7 @@ def encode_table(features, codebook):
     print("\n| K | effort | layer, k weights/s |\n|---|---|---|")
     for effort in ("default", "fast"):
         start = time.perf_counter()
-        encoder.quantize_weight(weight, 4, codebook, effort=effort, search=cpu.search)
+        encoder.quantize_weight(weight, 4, codebook, effort=effort, search=cpu.kernels().search)
         print(f"| 4 | {effort} | {weight.numel() / (time.perf_counter() - start) / 1e3:.0f} |", flush=True)
 
 
@@ -81,7 +81,7 @@ def decode_table(codebook):
     print("\n| K | decoded M weights/s |\n|---|---|")
     for bits in (2, 3, 4, 8):
         trellis = torch.randint(-(2**15), 2**15, (256, 256, 16 * bits)).to(torch.int16)
-        _, seconds = timed(lambda: cpu.decode(trellis, codebook))
+        _, seconds = timed(lambda: cpu.kernels().decode(trellis, codebook))
         print(f"| {bits} | {trellis.shape[0] * trellis.shape[1] * format.TILE_SIZE / seconds / 1e6:.0f} |")
 
 
@@ -92,10 +92,10 @@ def peak():
 
 def measure_memory(features, codebook):
     """In a process of its own, after all that is loaded and allocated once."""
-    encoder.quantize_weight(torch.randn(128, 128), 4, codebook, search=cpu.search)
+    encoder.quantize_weight(torch.randn(128, 128), 4, codebook, search=cpu.kernels().search)
     weight = torch.empty(features, features, dtype=torch.bfloat16).normal_()
     before = peak()
-    tensors = encoder.quantize_weight(weight, 4, codebook, search=cpu.search)
+    tensors = encoder.quantize_weight(weight, 4, codebook, search=cpu.kernels().search)
     quantized = sum(tensor.nbytes for tensor in tensors)
     print(
         f"quantizing a bfloat16 weight of {weight.nbytes / 2**20:.0f} MiB took {(peak() - before) / 2**20:.0f} MiB: the "

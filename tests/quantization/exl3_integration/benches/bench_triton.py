@@ -181,7 +181,7 @@ def encoder_table(device, size, rates, efforts, tiles=None):
     for bits, effort in itertools.product(rates, efforts):
         some = torch.randn(tiles or weight.numel() // format.TILE_SIZE, format.TILE_SIZE, device=device)
         some *= search.INPUT_RMS["mul1"][bits]
-        calls = [lambda: gpu.search(some, bits, "mul1", effort)]
+        calls = [lambda: gpu.kernels().search(some, bits, "mul1", effort)]
         if not tiles:
             calls.append(lambda: encoding.encode(weight, bits, "mul1", 0, effort))
         seconds = timer.compare(*calls, rounds=3)

@@ -27,7 +27,7 @@ import sys
 import torch
 
 from transformers.integrations.exl3 import format
-from transformers.integrations.exl3.kernels import cpu
+from transformers.integrations.exl3.kernels import DTYPES
 from transformers.integrations.exl3.kernels.cpu import reference
 
 
@@ -46,14 +46,14 @@ def linear_case(bits: float, codebook: str, rows: int, input_bits: int, dtype: t
     trellis, x = random_trellis(bits), torch.randn(rows, IN).to(dtype)
     suh, svh = torch.randn(IN).half(), torch.randn(OUT).half()
     y = reference.linear(x, trellis, suh, svh, None, codebook, input_bits)
-    sizes = (int(2 * bits), format.CODEBOOKS.index(codebook), rows, IN, OUT, cpu.DTYPES[dtype], input_bits)
+    sizes = (int(2 * bits), format.CODEBOOKS.index(codebook), rows, IN, OUT, DTYPES.index(dtype), input_bits)
     return struct.pack("8q", 1, *sizes) + b"".join(map(raw, (x, trellis, suh, svh, y)))
 
 
 def decode_case(bits: float, codebook: str, dtype: torch.dtype) -> bytes:
     trellis = random_trellis(bits)
     inner = format.decode(trellis, codebook).to(dtype).T
-    sizes = (int(2 * bits), format.CODEBOOKS.index(codebook), 0, IN, OUT, cpu.DTYPES[dtype], 0)
+    sizes = (int(2 * bits), format.CODEBOOKS.index(codebook), 0, IN, OUT, DTYPES.index(dtype), 0)
     return struct.pack("8q", 0, *sizes) + raw(trellis) + raw(inner)
 
 
@@ -61,7 +61,7 @@ def main(path: str):
     torch.manual_seed(0)
     fused = itertools.product(format.BITS, ("mul1",), (1, 2), (8, 16), (torch.float16, torch.bfloat16))
     products = itertools.product(format.BITS, format.CODEBOOKS, (3,), (16,), (torch.bfloat16,))
-    weights = itertools.product(format.BITS, format.CODEBOOKS, cpu.DTYPES)
+    weights = itertools.product(format.BITS, format.CODEBOOKS, DTYPES)
     with open(path, "wb") as file:
         for write, cases in ((linear_case, fused), (linear_case, products), (decode_case, weights)):
             file.writelines(write(*case) for case in cases if case[0] == int(case[0]) or case[1] == "mul1")

@@ -347,7 +347,7 @@ def machine() -> dict:
         "cpu": fields.get("model name", platform.processor()),
         "family": f"{fields.get('cpu family')}/{fields.get('model')}",
         "threads": torch.get_num_threads(),
-        "isa": cpu.isa() if cpu.is_available() else None,
+        "isa": cpu.kernels().isa() if cpu.is_available() else None,
         "versions": versions,
     }
 

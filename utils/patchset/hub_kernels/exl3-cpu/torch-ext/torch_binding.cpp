@@ -1,4 +1,4 @@
-// A Python module without contents: what the kernels export are plain C functions, which transformers calls with ctypes.
+// A Python module without contents: what the kernels export are plain C functions, which `kernels/cpu/calls.py` calls with ctypes.
 
 #include "registration.h"
 

@@ -57,7 +57,7 @@ void __throw_bad_array_new_length() { throw bad_alloc(); }
 
 namespace {
 
-constexpr int ABI_VERSION = 7;  // `cpu.ABI_VERSION`: raised with every change of a signature below
+constexpr int ABI_VERSION = 7;  // `calls.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost

@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The Triton kernels. Their door is `gpu.py`; the files beside it import Triton, and only the door imports them, when it needs them.
+The Triton kernels. Their door is `gpu.py`; the files beside it import Triton, and only the door imports them, when it needs them: what it
+calls is `calls.py`.
 
 `codes` decodes a trellis in registers; `dequantize`, `linear` (with `hadamard`, the rotations) and `search` are kernels built on
-it; `target` is what they need to know of a device; `experts` makes the tables of pointers of a mixture, without Triton.
+it; `target` is what they need to know of a device.
 """
