@@ -10,8 +10,8 @@ from . import REPO, PatchError, hunks, imports, merge
 
 EXPORTED = ("src", "tests", "docs", "utils")  # laid out as upstream's tree is
 OWN = ("utils/patchset",)  # this repository's own, although in one of those folders
-# What a pull request starts from: these, commands among them, and every module of ours that they import.
-PULL_REQUEST = ("src/**/*.edit.py", "src/**/__main__.py", "tests/**/test_exl3.py", "docs/source/en/**/*")
+# What a pull request starts from: these, and every module of ours that they import.
+PULL_REQUEST = ("src/**/*.edit.py", "tests/**/test_exl3.py", "docs/source/en/**/*")
 ABSENT_FROM_PYPI = ("docs", "tests/quantization", "utils")
 GENERATED = {"__pycache__", ".ruff_cache", ".pytest_cache"}
 EDIT = re.compile(r"\.edit(?=\.[^.]+$|$)")
@@ -43,7 +43,7 @@ def our_files(repo: Path = REPO) -> list[Path]:
 
 
 def pull_request(repo: Path = REPO) -> list[Path]:
-    """Those of `our_files` that a pull request has: not the compiled kernels, this repository's own tests and its tools."""
+    """Those of `our_files` that a pull request has: not kernels, the command, this repository's own tests and tools."""
     ours = our_files(repo)
     start = {path.relative_to(repo) for pattern in PULL_REQUEST for path in repo.glob(pattern)}
     return sorted(imports.closure(start.intersection(ours), set(ours), repo))

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from transformers import Exl3Config, LlamaConfig, LlamaForCausalLM, logging
 from transformers.integrations.exl3 import __main__ as command
-from transformers.integrations.exl3 import calibration, conversion, encoding, finished
+from transformers.integrations.exl3 import calibration, conversion, encoding
 from transformers.integrations.exl3 import convert as converting
 from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.scratch import scratch
@@ -377,7 +377,7 @@ class Exl3ConvertTest(unittest.TestCase):
         tiny_model("llama")[0].save_pretrained(self.source)
         free = shutil.disk_usage(self.folder)
         with (
-            patch.object(finished.shutil, "disk_usage", return_value=free._replace(free=100_000)),
+            patch.object(conversion.shutil, "disk_usage", return_value=free._replace(free=100_000)),
             self.assertRaisesRegex(OSError, "0.1 MB free, and about 0.3 MB are needed: 0.2 MB"),
             counted() as done,
         ):
@@ -386,39 +386,42 @@ class Exl3ConvertTest(unittest.TestCase):
         self.assertFalse(os.path.exists(self.output))
 
     def test_a_layer_is_a_file_when_all_of_it_is_on_the_disk(self):
-        layers, tensors, done = finished.LayerFiles(Path(self.folder)), {"suh": torch.ones(128)}, []
+        layers, tensors, done = conversion.LayerFiles(Path(self.folder)), {"suh": torch.ones(128)}, []
 
         def write_half(tensors, path):
             Path(path).write_bytes(b"half")
             raise KeyboardInterrupt
 
-        with patch.object(finished, "save_file", write_half), self.assertRaises(KeyboardInterrupt):
+        with patch.object(conversion, "save_file", write_half), self.assertRaises(KeyboardInterrupt):
             layers.keep("layer", tensors)
         self.assertIsNone(layers.find("layer"))
         sync, replace = os.fsync, os.replace
         with (
-            patch.object(finished.os, "fsync", lambda file: (done.append("fsync"), sync(file))),
-            patch.object(finished.os, "replace", lambda *paths: (done.append("replace"), replace(*paths))),
+            patch.object(conversion.os, "fsync", lambda file: (done.append("fsync"), sync(file))),
+            patch.object(conversion.os, "replace", lambda *paths: (done.append("replace"), replace(*paths))),
         ):
             layers.keep("layer", tensors)
         self.assertEqual(done, ["fsync", "replace"])
         torch.testing.assert_close(layers.find("layer"), tensors, rtol=0, atol=0)
 
     def test_a_layer_may_have_any_name(self):
-        layers = finished.LayerFiles(Path(self.folder))
+        layers = conversion.LayerFiles(Path(self.folder))
         for name in ("layers.en/us", "layers.en%2Fus"):
             self.assertIsNone(layers.find(name))
             layers.keep(name, {"suh": torch.ones(128)})
             self.assertIsNotNone(layers.find(name))
 
     def test_the_room_that_is_needed_is_less_by_what_is_finished(self):
-        layers, free = finished.LayerFiles(Path(self.folder)), shutil.disk_usage(self.folder)
+        layers, free = conversion.LayerFiles(Path(self.folder)), shutil.disk_usage(self.folder)
         Path(self.folder, "a.safetensors").write_bytes(bytes(60))
-        for name in (f"b.safetensors{finished.PART}", ".tmpU0xK2p"):  # a kill left these, the last one of safetensors
+        for name in (
+            f"b.safetensors{conversion.PART}",
+            ".tmpU0xK2p",
+        ):  # a kill left these, the last one of safetensors
             Path(self.folder, name).write_bytes(bytes(30))
-        with patch.object(finished, "_bytes_to_write", return_value=(100, 50)):
+        with patch.object(conversion, "_bytes_to_write", return_value=(100, 50)):
             for left, is_enough in ((90, True), (89, False)):
-                with patch.object(finished.shutil, "disk_usage", return_value=free._replace(free=left)):
+                with patch.object(conversion.shutil, "disk_usage", return_value=free._replace(free=left)):
                     layers.begin(None) if is_enough else self.assertRaises(OSError, layers.begin, None)
         self.assertEqual(os.listdir(self.folder), ["a.safetensors"])
 
@@ -441,8 +444,8 @@ class Exl3ConvertTest(unittest.TestCase):
                 source, output = os.path.join(folder, "source"), os.path.join(folder, "output")
                 tiny_model(name)[0].save_pretrained(source)
                 config = Exl3Config(bits=1, effort="fast", embedding_bits=2)
-                find, sizes = finished._bytes_to_write, []
-                with patch.object(finished, "_bytes_to_write", lambda model: sizes.append(find(model)) or sizes[0]):
+                find, sizes = conversion._bytes_to_write, []
+                with patch.object(conversion, "_bytes_to_write", lambda model: sizes.append(find(model)) or sizes[0]):
                     convert(source, output, config)
                 written = sum(tensor.nbytes for tensor in read_tensors(output).values())
                 self.assertAlmostEqual(sizes[0][1], written, delta=1024)

@@ -65,9 +65,10 @@ class Exl3DocsTest(unittest.TestCase):
                     with self.subTest(code):
                         # Inductor takes its time and is tested elsewhere.
                         exec(code.replace("fullgraph=True", 'fullgraph=True, backend="eager"'), names)
-                for line in re.findall(r"^python -m transformers.integrations.exl3 (.*)$", text, re.MULTILINE):
+                commands = re.findall(r"^python -m transformers.integrations.exl3 (.*-o (\S+).*)$", text, re.MULTILINE)
+                for line, _ in commands:
                     self.assertEqual(convert(shlex.split(line)), 0)
-            for made in ("gemma-3-270m-exl3", "gemma-exl3-3.5"):
+            for made in ("gemma-3-270m-exl3", *(output for _, output in commands)):
                 self.assertLessEqual({"quantization_config.json", "tokenizer.json"}, {*os.listdir(made)})
             self.assertGreater(sum(parameter.requires_grad for parameter in names["model"].parameters()), 0)
 

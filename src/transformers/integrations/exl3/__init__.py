@@ -35,12 +35,12 @@ The files from the ground up. A file imports from the lines above its own, never
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | scratch                                        | a folder for files on their way, which one has at a time               |
 | loading, saving, parallel                      | a checkpoint's tensors on their way, writing, several processes        |
-| finished, text                                 | where quantized layers go, memory or files; the tokens that data are   |
+| finished, text                                 | where quantized layers go; the tokens that data are                    |
 | quantizing                                     | a float model's tensors on their way                                   |
 | sensitivity                                    | what errors of each layer count: where bits are spent with data        |
 | calibration                                    | a float model with data: quantized while it reads                      |
 | conversion                                     | what a conversion has of its own while it is not finished              |
-| convert                                        | a float checkpoint to an EXL3 checkpoint, in files all along           |
+| convert                                        | the command, float files to EXL3 files: not in a first pull request    |
 
 `quantizers/quantizer_exl3.py` is policy: it asks these in the order of upstream's loading.
 """

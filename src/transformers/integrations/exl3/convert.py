@@ -46,7 +46,7 @@ from ...utils import (
 )
 from ...utils.quantization_config import Exl3Config
 from . import finished, format
-from .conversion import Conversion, fingerprints, versions
+from .conversion import PART, Conversion, LayerFiles, fingerprints, versions
 from .embeddings import Exl3Embedding
 from .experts import Exl3StackedLinear
 from .modules import Exl3Linear
@@ -130,7 +130,7 @@ def convert(
         beside = conversion.folder / "beside"
         _copy_beside(folder, beside)
         _model_card(folder, output.resolve().name, model_class, config, base_model).save(beside / README)
-        with finished.kept_as(finished.LayerFiles(conversion.work / "layers", device)):
+        with finished.kept_as(LayerFiles(conversion.work / "layers", device)):
             model = model_class.from_pretrained(folder, dtype="auto", quantization_config=config)
         for file in sorted(beside.iterdir()):
             _move(file, output / file.name)
@@ -254,7 +254,7 @@ def unpack_gguf(file: Path, folder: Path) -> Path:
     logger.warning(
         f"Unpacking {file.name}, which takes the memory of the whole float model. Quantizing takes little then."
     )
-    part = folder.with_name(folder.name + finished.PART)
+    part = folder.with_name(folder.name + PART)
     shutil.rmtree(part, ignore_errors=True)
     named = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     plain = GgufConfig(dequantize=True)
