@@ -135,7 +135,7 @@ class Exl3FeedbackTest(unittest.TestCase):
     def test_drifted_inputs_are_made_up_for(self):
         """Inputs that are half of what they were: the weight that gives the same outputs is twice as large."""
         inputs = torch.randn(4000, 128)
-        moments = feedback.Moments(inputs.T @ inputs / 4000, 2 * inputs.T @ inputs / 4000)
+        moments = feedback.Moments(inputs.T @ inputs / 4000, inputs.T @ inputs / 4000)
         weight = torch.randn(128, 128)
         found = feedback.quantize_weight(weight, moments, 8, search=encoding.search_on(weight.device), effort="fast")
         ratio = (ops.dequantize(*found, "mul1") * weight).sum() / weight.square().sum()
@@ -183,7 +183,7 @@ class Exl3FeedbackTest(unittest.TestCase):
             torch.testing.assert_close([s.sign() for s in found], [s.sign() for s in scales], rtol=0, atol=0)
         self.assertEqual({*told}, {"default"})
 
-    @parameterized.expand([("hessian", "size"), ("cross", "size"), ("hessian", "nan"), ("cross", "nan")])
+    @parameterized.expand([("hessian", "size"), ("drift", "size"), ("hessian", "nan"), ("drift", "nan")])
     def test_wrong_moments_are_refused(self, name, kind):
         good = torch.eye(128)
         bad = torch.eye(64) if kind == "size" else torch.full((128, 128), torch.nan)
@@ -265,11 +265,9 @@ class Exl3CalibrationTest(unittest.TestCase):
             x, f = inputs[path], float_inputs[path]
             torch.testing.assert_close(moments.hessian.double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
             # Biases are read in fp16, as they are stored.
-            torch.testing.assert_close(moments.cross.double(), x.T @ f / len(x), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(moments.drift.double(), x.T @ (f - x) / len(x), rtol=1e-3, atol=1e-3)
         self.assertIs(seen["model.layers.0.self_attn.q_proj"], seen["model.layers.0.self_attn.k_proj"])
-        self.assertGreater(
-            (seen["lm_head"].cross - seen["lm_head"].hessian).norm(), 0.01 * seen["lm_head"].hessian.norm()
-        )
+        self.assertGreater(seen["lm_head"].drift.norm(), 0.01 * seen["lm_head"].hessian.norm())
 
     def test_experts_are_given_the_moments_of_their_rows(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -284,8 +282,8 @@ class Exl3CalibrationTest(unittest.TestCase):
         expected = share * (own.T @ own / len(own)) + (1 - share) * of_all
         torch.testing.assert_close(mixture.into("1.expert_up").hessian, expected, rtol=1e-3, atol=1e-4)
         own_floats = floats[(index == 1).any(1)]
-        expected = share * (own.T @ own_floats / len(own)) + (1 - share) * (x.T @ floats / 300)
-        torch.testing.assert_close(mixture.into("1.expert_up").cross, expected, rtol=1e-3, atol=1e-4)
+        expected = share * (own.T @ (own_floats - own) / len(own)) + (1 - share) * (x.T @ (floats - x) / 300)
+        torch.testing.assert_close(mixture.into("1.expert_up").drift, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mixture.into("3.expert_gate").hessian, of_all, rtol=1e-3, atol=1e-4)
         self.assertIsNone(mixture.down("3.expert_down"))
         hidden = torch.nn.functional.silu(experts.projection(1, "gate")(own)) * experts.projection(1, "up")(own)
@@ -297,8 +295,8 @@ class Exl3CalibrationTest(unittest.TestCase):
         x, f = torch.randn(2, 23, 128, generator=torch.Generator().manual_seed(0))
         with mock.patch.object(calibration, "MOMENT_ROWS", 10):
             found = calibration.moments("layer", x, f)
-        torch.testing.assert_close(found, feedback.Moments(x.T @ x / 23, x.T @ f / 23), rtol=1e-4, atol=1e-5)
-        self.assertIsNone(calibration.moments("layer", x, f[:0]).cross)
+        torch.testing.assert_close(found, feedback.Moments(x.T @ x / 23, x.T @ (f - x) / 23), rtol=1e-4, atol=1e-5)
+        self.assertIsNone(calibration.moments("layer", x, f[:0]).drift)
 
     def test_moments_are_taken_anew_of_an_input_that_was_changed_in_place(self):
         ids, x, seen = torch.zeros(3, 5), torch.randn(6, 5, 128), []

@@ -27,7 +27,7 @@ from torch import nn
 
 from ...utils import logging
 from .experts import Exl3Experts
-from .feedback import Moments
+from .feedback import Moments, product
 from .finished import layers
 from .modules import Exl3Module
 from .progress import Progress
@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 
 MEASURED = "measured for bits"  # among the layers that are kept, none of which has spaces in its name
 MOMENT_ROWS = 1 << 12  # as many rows of activations are in fp32 at a time
+MOMENT_COLUMNS = 1 << 8  # as many columns of a symmetric matrix are computed at a time, from the diagonal on
 
 
 class _HeadReached(Exception):
@@ -160,7 +161,7 @@ class _Pass:
                 hook = self._stopping(path, module)
                 self._hooks.append(head.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                self._hooks.append(plain[path].register_forward_hook(self._quantizing(path, module), with_kwargs=True))
+                plain[path].forward = self._quantizing(path, module, plain[path])
         self._read(torch.cat((self.ids, self.ids)))
 
     def _read_one_window(self, plain: dict[str, nn.Module], head: nn.Module | None):
@@ -196,17 +197,23 @@ class _Pass:
 
         return hook
 
-    def _quantizing(self, path: str, module: Exl3Module) -> Callable:
-        def hook(plain, args, kwargs, output):
+    def _quantizing(self, path: str, module: Exl3Module, plain: nn.Module) -> Callable:
+        """What takes the place of `plain.forward`."""
+        float_forward = plain.forward
+
+        def forward(*args, **kwargs):
             inputs = _bound(plain, args, kwargs)
             self.model.set_submodule(path, module)
             quantize = self._quantize_experts if isinstance(module, Exl3Experts) else self._quantize_linear
             count = quantize(path, module, *inputs)
             for part in module.modules():
                 settle(part)
-            return torch.cat((module(*(x[:count] for x in inputs)), output[count:]))
+            output = module(*(x[:count] for x in inputs))
+            if count == inputs[0].shape[0]:
+                return output
+            return torch.cat((output, float_forward(*(x[count:] for x in inputs))))
 
-        return hook
+        return forward
 
     def _quantize_linear(self, path: str, module: Exl3Module, x: torch.Tensor) -> int:
         """Returns how many of the first dimension of `x` are of the quantized stream."""
@@ -260,10 +267,14 @@ def moments(path: str, x: torch.Tensor, floats: torch.Tensor | None = None) -> M
     has_floats = floats is not None and floats.shape == x.shape
     sums = [x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32) for _ in range(1 + has_floats)]
     for start in range(0, x.shape[0], MOMENT_ROWS):
-        rows = x[start : start + MOMENT_ROWS].float()
-        sums[0].addmm_(rows.T, rows)
+        rows = x[start : start + MOMENT_ROWS]
         if has_floats:
-            sums[1].addmm_(rows.T, floats[start : start + MOMENT_ROWS].float())
+            sums[1] += product(rows, floats[start : start + MOMENT_ROWS] - rows)
+        rows = rows.float()
+        for column in range(0, x.shape[1], MOMENT_COLUMNS):
+            block = slice(column, column + MOMENT_COLUMNS)
+            sums[0][column:, block].addmm_(rows[:, column:].T, rows[:, block])
+    sums[0] = sums[0].tril() + sums[0].tril(-1).T
     means = [total / max(x.shape[0], 1) for total in sums]
     if not all(mean.isfinite().all() for mean in means):
         raise ValueError(

@@ -53,11 +53,18 @@ class Moments(NamedTuple):
 
     Attributes:
         hessian (`torch.Tensor`): Of `x x^T`, `[in, in]`, floating.
-        cross (`torch.Tensor`, *optional*): Of `x f^T`, where `f` is what `x` is in the model that is not quantized.
+        drift (`torch.Tensor`, *optional*): Of `x (f - x)^T`, where `f` is what `x` is in the model that is not quantized.
     """
 
     hessian: torch.Tensor
-    cross: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+
+
+def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """fp32 `x^T y` of `[rows, in]` and `[rows, out]`; of bf16, which is twice as fast, the sums are rounded to it."""
+    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
+        x, y = x.float(), y.float()
+    return (x.T @ y).float()
 
 
 def quantize_weight(
@@ -158,14 +165,13 @@ def _drifted(weight: torch.Tensor, hessian: torch.Tensor, moments: Moments) -> t
     The weight whose outputs for the inputs that there are come nearest to the float model's, by the part `DRIFT` of the way; None
     where the damped `hessian` is not positive definite.
     """
-    if moments.cross is None:
+    if moments.drift is None:
         return weight
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return None
-    weight = weight.detach().double()
-    pairs = zip(moments.cross.split(format.BLOCK), moments.hessian.split(format.BLOCK))
-    drift = torch.cat([(cross - own).double().to(weight.device) @ weight.T for cross, own in pairs])
+    weight, lower = weight.detach().float(), lower.float()
+    drift = moments.drift.to(weight.device, torch.float32) @ weight.T
     for triangle in (lower, lower.T):  # `cholesky_solve` would copy the factor
         drift = torch.linalg.solve_triangular(triangle, drift, upper=triangle is not lower)
     return weight + DRIFT * drift.T

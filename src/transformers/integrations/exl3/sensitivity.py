@@ -34,6 +34,7 @@ from torch import nn
 
 from ...utils import logging
 from .experts import Exl3Expert, Exl3Experts
+from .feedback import product
 from .modules import Exl3Module
 
 
@@ -111,7 +112,9 @@ def _backward(output, generator: torch.Generator):
         pairs = zip(values.detach().flatten(0, -2).split(ROWS), gradient.flatten(0, -2).split(ROWS))
         for logits, rows in pairs:
             rates = logits.float().softmax(-1)
-            labels = rates.to(generator.device).multinomial(1, generator=generator).to(rates.device)
+            sums = rates.cumsum(-1)  # `multinomial` draws a random number for each of them
+            draws = torch.rand((len(rates), 1), generator=generator, device=generator.device).to(rates.device)
+            labels = torch.searchsorted(sums, draws * sums[:, -1:])
             rows.copy_(rates.scatter_add_(1, labels, rates.new_full(labels.shape, -1.0)))
     values.backward(gradient)
 
@@ -166,11 +169,11 @@ class _Meter:
             x = next(iter((*args, *kwargs.values()))).detach()
 
             def add(gradient):
-                inputs = x.flatten(0, -2).float()
-                pieces = gradient.flatten(0, -2).float().split([len(rows) for _, rows, _ in scales], -1)
+                inputs = x.flatten(0, -2)
+                pieces = gradient.flatten(0, -2).split([len(rows) for _, rows, _ in scales], -1)
                 for (unit, rows, columns), piece in zip(scales, pieces):
-                    together = rows @ (piece.T @ inputs).square_() @ columns
-                    apart = (piece.square() @ rows) @ (inputs.square() @ columns)
+                    together = rows @ product(piece, inputs).square_() @ columns
+                    apart = (piece.float().square() @ rows) @ (inputs.float().square() @ columns)
                     self.totals[unit] += torch.stack((together, apart))
 
             output.register_hook(add)
