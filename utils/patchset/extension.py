@@ -83,7 +83,7 @@ def write_hub_kernels(folder: Path = REPO / HUB_KERNELS, repo: Path = REPO) -> P
         [library],
     )
     kernels = integration / "kernels" / "triton"
-    sources = [integration / name for name in ("format.py", "hadamard.py", "search.py", "kernels/__init__.py")]
+    sources = [integration / name for name in ("format.py", "search.py", "kernels/__init__.py")]
     sources += [path for path in sorted(kernels.glob("*.py")) if path.name != "gpu.py"]  # which is the door
     _write_project(
         folder / "exl3-triton",

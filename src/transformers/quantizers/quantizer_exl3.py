@@ -121,12 +121,14 @@ class Exl3HfQuantizer(HfQuantizer):
     ):
         from ..integrations.exl3 import replace_with_exl3_modules
         from ..integrations.exl3.finished import layers
+        from ..integrations.exl3.stored import stored_tensors
 
         path = os.path.join(os.path.dirname((checkpoint_files or [""])[0]), CONFIG_NAME)
         self.published = model.config._dict_from_json_file(path) if checkpoint_files and os.path.isfile(path) else None
         if self.requires_parameters_quantization:
             modules = self._plan(model, kwargs.get("device_map"))
-            self.file_names = self._read_names(checkpoint_files), model.state_dict()
+            files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
+            self.file_names = [tensor.name for tensor in stored_tensors(files)], model.state_dict()
         else:
             modules = self._place(model, checkpoint_files)
         if not self.quantization_config.dequantize:
@@ -161,13 +163,6 @@ class Exl3HfQuantizer(HfQuantizer):
         if device_map is None or not torch.accelerator.is_available():
             self.progress.check(layers().device or torch.device("cpu"))  # elsewhere when the first weight is there
         return self.plan.modules
-
-    @staticmethod
-    def _read_names(checkpoint_files: list[str] | None) -> list[str]:
-        from ..integrations.exl3.stored import stored_tensors
-
-        files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
-        return [tensor.name for tensor in stored_tensors(files)]
 
     def _place(self, model, checkpoint_files):
         from ..integrations.exl3.architecture import check_architecture, untie
@@ -221,12 +216,12 @@ class Exl3HfQuantizer(HfQuantizer):
         return self.placement.modules
 
     def update_weight_conversions(self, weight_conversions, model):
-        from ..integrations.exl3.loading import Exl3Names, Exl3Stored, with_transforms
+        from ..integrations.exl3.loading import Exl3Names, keeping_stored, with_transforms
         from ..integrations.exl3.naming import Exl3FileNames, names_in_files
         from ..integrations.exl3.stacks import Exl3Stacks
 
         if self.plan is not None:
-            stored = Exl3Stored(self.plan.modules, model, weight_conversions)
+            stored = keeping_stored(self.plan.modules, model, weight_conversions)
             names = Exl3Names(self.plan.names, on_loading=False)
             found, state = self.file_names
             in_files = Exl3FileNames(names_in_files(found, weight_conversions, model.base_model_prefix, state))

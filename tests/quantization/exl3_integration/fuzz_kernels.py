@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from transformers.integrations.exl3 import encoding, format, grouped, ops
-from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.format import hadamard
 from transformers.integrations.exl3.kernels import cpu
 
 from .synthetic import random_linear

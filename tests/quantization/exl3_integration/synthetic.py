@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.experts import Exl3Experts, Exl3Projection
-from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.format import hadamard
 from transformers.integrations.exl3.modules import Exl3Linear
 
 

@@ -43,7 +43,7 @@ if is_torch_available():
     from safetensors.torch import load_file, save_file
 
     from transformers.integrations import hub_kernels
-    from transformers.integrations.exl3 import Exl3Linear, format, hadamard, search
+    from transformers.integrations.exl3 import Exl3Linear, format, search
     from transformers.integrations.exl3.experts import Exl3Experts
     from transformers.integrations.exl3.kernels import cpu, hub
 
@@ -85,7 +85,7 @@ def weight_of(tensors, out_features, in_features):
     """The weight that the tensors stand for by the definition of the format."""
     codebook = next((name for name in format.MARKERS if name in tensors), "3inst")
     inner = format.decode(tensors["trellis"], codebook).double()
-    weight = hadamard.hadamard(hadamard.hadamard(inner).T) * tensors["suh"] * tensors["svh"][:, None]
+    weight = format.hadamard(format.hadamard(inner).T) * tensors["suh"] * tensors["svh"][:, None]
     return weight[:out_features, :in_features].float()
 
 

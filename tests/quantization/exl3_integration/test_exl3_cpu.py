@@ -33,7 +33,7 @@ if is_torch_available():
     import torch
 
     from transformers.integrations.exl3 import format, grouped, ops
-    from transformers.integrations.exl3.hadamard import hadamard
+    from transformers.integrations.exl3.format import hadamard
     from transformers.integrations.exl3.kernels import cpu
     from transformers.integrations.exl3.kernels.cpu import reference
 

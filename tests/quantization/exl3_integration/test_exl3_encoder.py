@@ -27,7 +27,7 @@ if is_torch_available():
     import torch
 
     from transformers.integrations.exl3 import encoder, format, ops, search
-    from transformers.integrations.exl3.hadamard import hadamard
+    from transformers.integrations.exl3.format import hadamard
     from transformers.integrations.exl3.kernels import cpu
 
 

@@ -28,7 +28,7 @@ if is_torch_available():
     from safetensors import safe_open
 
     from transformers.integrations.exl3 import encoding, format, grouped, ops
-    from transformers.integrations.exl3.hadamard import hadamard
+    from transformers.integrations.exl3.format import hadamard
 
     from .synthetic import random_linear
 

@@ -28,7 +28,7 @@ import torch
 from parameterized import parameterized
 
 from transformers.integrations.exl3 import encoding, format, grouped, ops, search
-from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.format import hadamard
 from transformers.integrations.exl3.kernels import cpu
 from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import slow

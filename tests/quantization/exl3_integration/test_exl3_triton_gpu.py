@@ -22,7 +22,7 @@ import torch
 from parameterized import parameterized
 
 from transformers.integrations.exl3 import encoder, encoding, format, ops, search
-from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.format import hadamard
 from transformers.integrations.exl3.kernels import DTYPES, cpu
 from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.testing_utils import require_torch, require_torch_accelerator, slow, torch_device

@@ -21,7 +21,7 @@ import torch
 from packaging.version import parse
 
 from transformers.integrations.exl3 import format, search
-from transformers.integrations.exl3.hadamard import hadamard
+from transformers.integrations.exl3.format import hadamard
 from transformers.integrations.exl3.kernels.triton import gpu
 from transformers.integrations.exl3.modules import Exl3Linear
 

@@ -19,7 +19,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | files                                          | what                                                                   |
 |------------------------------------------------|------------------------------------------------------------------------|
 | format, stored                                 | the format as an executable specification; safetensors files           |
-| hadamard, search                               | the rotation, and the search of the trellis as its definition          |
+| search                                         | the search of the trellis as its definition                            |
 | encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
 | feedback                                       | a matrix to EXL3 with data                                             |
 | ops, encoding                                  | the operators of torch.library, and the choice of what computes them   |
@@ -28,9 +28,9 @@ The files from the ground up. A file imports from the lines above its own, never
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |
 | experts, embeddings                            | the same of mixtures and of tables                                     |
 | data_parallel                                  | replicas that are trained together                                     |
-| architecture, checkpoint, allocation, selection | what a model is like, what files hold, rates, names in configs        |
+| architecture, checkpoint, allocation           | what a model is like, what files hold, rates                           |
 | naming, stacks                                 | what upstream's renamings do not lead back to; experts in files        |
-| restoring, plain_layers                        | what files lack; which layers are not quantized on the fly             |
+| restoring, selection                           | what files lack; which layers stay as they are                         |
 | building                                       | modules of a checkpoint's tensors                                      |
 | planning, placement                            | what becomes what: of a float model, of a checkpoint's tensors         |
 | scratch                                        | a folder for files on their way, which one has at a time               |

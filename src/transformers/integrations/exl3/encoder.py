@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 
 from . import format
-from .hadamard import hadamard
+from .format import hadamard
 from .search import INPUT_RMS, search_reference
 
 

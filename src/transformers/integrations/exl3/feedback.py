@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from . import encoder, format
-from .hadamard import hadamard
+from .format import hadamard
 from .search import search_reference
 
 

@@ -26,7 +26,7 @@ A linear layer with `in` input and `out` output features, both padded to multipl
 | `bias`            | fp16  | `[out]`                | optional                                                  |
 
 and stands for the weight `W = diag(suh) B inner B diag(svh)` of shape `[in, out]` (`nn.Linear` keeps its transpose), where
-`inner` is what the trellis decodes to and `B` is the blockwise Hadamard rotation of `hadamard.py`.
+`inner` is what the trellis decodes to and `B` is the blockwise rotation `hadamard`.
 
 How it works: `B` spreads outliers over their block of 128 features. It is its own inverse and as easily undone on the activations,
 `y = ((x * suh) B inner) B * svh`, so that a product never needs the weight in full. `suh` and `svh` hold random signs and scales.
@@ -67,6 +67,28 @@ EMBEDDING_GROUP = 256  # elements of an embedding row that share one ring, one s
 def padded(features: int) -> int:
     """The number of features that a layer with `features` of them is stored with: the next multiple of 128."""
     return -(-features // BLOCK) * BLOCK
+
+
+def hadamard(x: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
+    """Rotate the last dimension of `x`, in blocks of `block`, by the orthonormal Hadamard matrix in Sylvester's order.
+
+    The matrix is `H[i, j] = (-1)^popcount(i & j) / sqrt(block)`, symmetric and so its own inverse. It is applied as
+    butterflies, elementwise additions in a fixed order: the result has the same bits on every machine and thread count.
+
+    Args:
+        x (`torch.Tensor`): `[..., n]` with `n` a multiple of `block`, of a floating dtype.
+        block (`int`, *optional*, defaults to 128): A power of two.
+
+    Returns:
+        `torch.Tensor`: `[..., n]`, of the dtype of `x`.
+    """
+    shape = x.shape
+    half = 1
+    while half < block:
+        low, high = x.reshape(-1, block // (2 * half), 2, half).unbind(2)
+        x = torch.stack((low + high, low - high), 2)
+        half *= 2
+    return x.reshape(shape) * block**-0.5
 
 
 def marker(codebook: str) -> torch.Tensor | None:

@@ -131,32 +131,15 @@ class Exl3Converter(WeightConverter):
             )
 
 
-class Exl3Stored(WeightConverter):
-    """
-    Does nothing on loading, and on saving keeps quantized tensors, and what would be merged with their weights, from
-    the converters that merge what upstream splits.
+class Exl3OnSaving(WeightConverter):
+    """Does nothing on loading, and on saving what an `Exl3Converter` with these arguments does."""
 
-    Args:
-        modules (`dict[str, Exl3Module]`): The quantized modules of a model, by path.
-        model (`nn.Module`): The model.
-        weight_conversions (`list[WeightTransform]`): Upstream's transforms for it.
-    """
+    __slots__ = ("targets",)
 
-    __slots__ = ("names",)
-
-    def __init__(self, modules: dict[str, Exl3Module], model: nn.Module, weight_conversions: list[WeightTransform]):
-        super().__init__("exl3 stored", "exl3 stored", [Exl3AsStored()])
-        self.names = {
-            f"{path}.{name}.{leaf}".replace("..", ".")
-            for path, module in modules.items()
-            for name, layer in module.named_modules()
-            for leaf in getattr(layer, "stored", ())
-            if not isinstance(layer, Exl3StackedLinear)
-        }
-        merging = [entry for entry in _reversed_converters(weight_conversions) if len(entry.source_patterns) > 1]
-        merged = {apply_converters(name, merging) for name in _plain_names(modules)}
-        merged = {name for name, pattern in merged if pattern is not None}
-        self.names |= {name for name, _ in model.named_parameters() if apply_converters(name, merging)[0] in merged}
+    def __init__(self, targets: dict[str, str], operation: ConversionOps):
+        kind = f"exl3 saving {type(operation).__name__}"
+        super().__init__(kind, kind, [operation])
+        self.targets = targets
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return source_key, None
@@ -165,7 +148,32 @@ class Exl3Stored(WeightConverter):
         return True
 
     def reverse_transform(self) -> Exl3Converter:
-        return Exl3Converter({name: name for name in self.names}, self.operations[0])
+        return Exl3Converter(self.targets, self.operations[0])
+
+
+def keeping_stored(
+    modules: dict[str, Exl3Module], model: nn.Module, weight_conversions: list[WeightTransform]
+) -> Exl3OnSaving:
+    """
+    What keeps quantized tensors, and what would be merged with their weights, from the converters that merge what upstream splits.
+
+    Args:
+        modules (`dict[str, Exl3Module]`): The quantized modules of a model, by path.
+        model (`nn.Module`): The model.
+        weight_conversions (`list[WeightTransform]`): Upstream's transforms for it.
+    """
+    names = {
+        f"{path}.{name}.{leaf}".replace("..", ".")
+        for path, module in modules.items()
+        for name, layer in module.named_modules()
+        for leaf in getattr(layer, "stored", ())
+        if not isinstance(layer, Exl3StackedLinear)
+    }
+    merging = [entry for entry in _reversed_converters(weight_conversions) if len(entry.source_patterns) > 1]
+    merged = {apply_converters(name, merging) for name in _plain_names(modules)}
+    merged = {name for name, pattern in merged if pattern is not None}
+    names |= {name for name, _ in model.named_parameters() if apply_converters(name, merging)[0] in merged}
+    return Exl3OnSaving({name: name for name in names}, Exl3AsStored())
 
 
 def _reversed_converters(weight_conversions: list[WeightTransform]) -> list[WeightConverter]:
@@ -279,28 +287,11 @@ class Exl3Join(ConversionOps):
             )
         return Exl3AsStored().convert(input_dict)
 
-
-class Exl3Joined(WeightConverter):
-    """Does nothing on loading, and on saving what `Exl3Join`, which it takes, does."""
-
-    __slots__ = ()
-
-    def __init__(self, operation: Exl3Join):
-        super().__init__("exl3 joined", "exl3 joined", [operation])
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        return source_key, None
-
-    def was_used(self) -> bool:
-        return True
-
-    def reverse_transform(self) -> Exl3Converter:
-        (operation,) = self.operations
-        layers = {path: layer for layer, paths in operation.joined.items() for path in paths}
-        return Exl3Converter(
-            {f"{path}.{leaf}": layer + _AS_STORED for path, layer in layers.items() for leaf in LINEAR_TENSORS},
-            operation,
-        )
+    def on_saving(self) -> Exl3OnSaving:
+        """What collects the tensors of the parts."""
+        layers = {path: layer for layer, paths in self.joined.items() for path in paths}
+        targets = {f"{path}.{leaf}": layer + _AS_STORED for path, layer in layers.items() for leaf in LINEAR_TENSORS}
+        return Exl3OnSaving(targets, self)
 
 
 class Exl3Dequantize(Exl3Make):
@@ -388,9 +379,9 @@ def with_transforms(weight_conversions: list[WeightTransform], hf_quantizer) -> 
     }
     stacks = stacks_of(placement, experts)
     kept = {path: module for path, module in placement.modules.items() if path not in decoded}
-    stored = Exl3Stored(kept, placement.model, weight_conversions)
+    stored = keeping_stored(kept, placement.model, weight_conversions)
     joined = {apply_renamings(name, renamings): parts for name, parts in placement.cut.items()}
-    saving = [Exl3Names(names), stacks, stored, Exl3Joined(Exl3Join(joined))]
+    saving = [Exl3Names(names), stacks, stored, Exl3Join(joined).on_saving()]
     return [*spelled, Exl3StackNames(stacks), *converters, *weight_conversions, *saving]
 
 

@@ -33,7 +33,7 @@ import sys
 import torch
 
 from . import format
-from .hadamard import hadamard
+from .format import hadamard
 from .kernels import DTYPES, check_devices, cpu
 from .kernels.triton import gpu
 

@@ -37,8 +37,7 @@ from .checkpoint import embedding_tensors, linear_tensors
 from .embeddings import Exl3Embedding, Exl3TiedHead
 from .experts import Exl3Experts, Exl3Projection
 from .modules import Exl3Linear, Exl3Module, Exl3SplitLinear
-from .plain_layers import stays_plain
-from .selection import selected
+from .selection import selected, stays_plain
 
 
 logger = logging.get_logger(__name__)

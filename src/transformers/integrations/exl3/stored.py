@@ -27,25 +27,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...modeling_utils import str_to_torch_dtype
 
-# Data types of safetensors headers (little-endian), as far as checkpoints of models have them.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 RUN_BYTES = 1 << 24  # that are read at a time where many tensors are
 WORKERS = 4  # that read at most
@@ -100,9 +83,9 @@ def stored_tensors(files: Iterable[str | os.PathLike]) -> Iterator[StoredTensor]
                     continue
                 kind = entry["dtype"], *entry["shape"]
                 if kind not in alike:
-                    if entry["dtype"] not in DTYPES:
+                    if entry["dtype"] not in str_to_torch_dtype:
                         raise Exl3CheckpointError([f"{path}: {name} has the dtype {entry['dtype']}"], AGAIN)
-                    alike[kind] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+                    alike[kind] = torch.empty(entry["shape"], dtype=str_to_torch_dtype[entry["dtype"]], device="meta")
                 start, stop = entry["data_offsets"]
                 yield StoredTensor(path, name, alike[kind], 8 + length + start, stop - start)
         except (

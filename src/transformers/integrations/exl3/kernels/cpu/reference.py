@@ -16,7 +16,7 @@
 import torch
 
 from ... import format
-from ...hadamard import hadamard
+from ...format import hadamard
 
 
 FUSED_ROWS = 2  # up to which a mul1 weight has inputs of 8 bits, or of two bytes that are signed numbers each

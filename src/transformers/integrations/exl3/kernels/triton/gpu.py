@@ -29,7 +29,7 @@ import torch
 from .....utils import logging
 from ... import format
 from ... import search as trellis_search
-from ...hadamard import hadamard
+from ...format import hadamard
 from .. import hub
 
 
