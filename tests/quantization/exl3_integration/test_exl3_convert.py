@@ -107,15 +107,15 @@ SAVED = {"config.json", "generation_config.json", "model.safetensors", "quantiza
 @contextlib.contextmanager
 def counted():
     """Yields a list that grows by an item with each layer that is quantized."""
-    done, encode = [], encoding.encode_with_progress
-    with patch.object(encoding, "encode_with_progress", lambda *args: (done.append(0), encode(*args))[1]):
+    done, encode = [], encoding.encode
+    with patch.object(encoding, "encode", lambda *args: (done.append(0), encode(*args))[1]):
         yield done
 
 
 @contextlib.contextmanager
 def stopping_after(layers: int):
     """Have the layer after the first `layers` interrupt what goes on."""
-    left, encode = layers, encoding.encode_with_progress
+    left, encode = layers, encoding.encode
 
     def encode_or_stop(*args):
         nonlocal left
@@ -124,13 +124,13 @@ def stopping_after(layers: int):
             raise KeyboardInterrupt
         return encode(*args)
 
-    with patch.object(encoding, "encode_with_progress", encode_or_stop):
+    with patch.object(encoding, "encode", encode_or_stop):
         yield
 
 
 def convert_until(moment, source, output, log):
     """Convert, writing a byte to `log` for each layer that is quantized, and be killed at change number `moment` of a file."""
-    descriptor, encode = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), encoding.encode_with_progress
+    descriptor, encode = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), encoding.encode
 
     def encode_and_tell(*args):
         result = encode(*args)
@@ -139,7 +139,7 @@ def convert_until(moment, source, output, log):
 
     if moment is not None:
         kill_at(moment, output)
-    with patch.object(encoding, "encode_with_progress", encode_and_tell):
+    with patch.object(encoding, "encode", encode_and_tell):
         convert(source, output, small_config(), resume=True)
     os.close(descriptor)
 

@@ -312,7 +312,7 @@ class Exl3FaultsTest(unittest.TestCase):
             self.assertEqual(sorted(os.listdir(folder)), sorted(names))
 
     def test_interrupted_quantizing_is_begun_again(self):
-        calls, encode = 0, encoding.encode_with_progress
+        calls, encode = 0, encoding.encode
 
         def encode_until_interrupted(*args):
             nonlocal calls
@@ -325,7 +325,7 @@ class Exl3FaultsTest(unittest.TestCase):
             tiny_model("llama")[0].save_pretrained(folder)
             config = Exl3Config(bits=1, effort="fast", modules_to_not_convert=["mlp", "lm_head"])
             expected = load(folder, quantization_config=config).state_dict()
-            with patch.object(encoding, "encode_with_progress", encode_until_interrupted):
+            with patch.object(encoding, "encode", encode_until_interrupted):
                 self.assertRaises(KeyboardInterrupt, load, folder, quantization_config=config)
             self.assertEqual(calls, 5)
             found = load(folder, quantization_config=config).state_dict()

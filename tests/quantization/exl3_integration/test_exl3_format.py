@@ -27,7 +27,7 @@ if is_torch_available():
     import torch
     from safetensors import safe_open
 
-    from transformers.integrations.exl3 import encoding, format, grouped, ops
+    from transformers.integrations.exl3 import format, grouped, ops
     from transformers.integrations.exl3.format import hadamard
 
     from .synthetic import random_linear
@@ -443,5 +443,3 @@ class Exl3OperatorsTest(unittest.TestCase):
         table, _ = read_vector("embed_ring_k4_6x640")
         ids = torch.tensor([[5, 0], [3, 3]])
         torch.library.opcheck(ops.embedding, (ids, table["trellis"], table["signs"], 640))
-        torch.library.opcheck(encoding.encode, (torch.randn(100, 130), 1, "mul1", 7))
-        torch.library.opcheck(encoding.encode_embedding, (torch.randn(3, 300), 1, 7))

@@ -369,8 +369,8 @@ class Exl3TritonInterpreterTest(unittest.TestCase):
             gpu.kernels().search(torch.zeros(1, 256), 4.5, "mul1")
         self.assertEqual(gpu.kernels().search(torch.empty(0, 256), 4, "mul1").shape, (0, 256))
 
-    def test_the_operator_of_encoding(self):
-        """`exl3::encode` with the search of this door, whose kernel is another one here to save time."""
+    def test_encoding(self):
+        """`encode` with the search of this door, whose kernel is another one here to save time."""
         weight = Layer(200, 100).inputs(100)
         expected = encoding.encode(weight, 3, "mul1", 5)
         other = cpu.kernels()._search_kernel if cpu.is_available() else search.reference_kernel

@@ -22,7 +22,7 @@ The files from the ground up. A file imports from the lines above its own, never
 | search                                         | the search of the trellis as its definition                            |
 | encoder, kernels                               | a matrix to EXL3; the compiled and the Triton kernels, a door each     |
 | feedback                                       | a matrix to EXL3 with data                                             |
-| ops, encoding                                  | the operators of torch.library, and the choice of what computes them   |
+| ops, encoding                                  | the operators, and the choice of what computes them and what encodes   |
 | grouped                                        | those of experts                                                       |
 | weight                                         | the weight of a layer as others see it                                 |
 | modules, progress                              | what stands in a model; the bar while it is quantized                  |

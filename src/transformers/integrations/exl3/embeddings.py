@@ -86,9 +86,7 @@ class Exl3Embedding(Exl3Module):
     def encoded(self, weight: torch.Tensor, seed: int, effort: str, progress=None) -> dict[str, torch.Tensor]:
         """What stores `weight` `[num_embeddings, embedding_dim]` here: tensors by name. Arguments as of `encoding.encode_embedding`."""
         bits = format.embedding_bits(self.trellis, self.signs)
-        return dict(
-            zip(("trellis", "signs"), encoding.encode_embedding_with_progress(weight, bits, seed, effort, progress))
-        )
+        return dict(zip(("trellis", "signs"), encoding.encode_embedding(weight, bits, seed, effort, progress)))
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> "Exl3Embedding":
         """A table of the same sizes that holds `tensors`."""

@@ -310,8 +310,8 @@ class Exl3Linear(Exl3Module, nn.Linear):
     def encoded(
         self, weight: torch.Tensor, seed: int, effort: str, progress=None, moments=None
     ) -> dict[str, torch.Tensor]:
-        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `encoding.encode_with_progress`."""
-        tensors = encoding.encode_with_progress(weight, self.bits, self.codebook, seed, effort, progress, moments)
+        """What stores `weight` `[out_features, in_features]` here: tensors by name. Arguments as of `encoding.encode`."""
+        tensors = encoding.encode(weight, self.bits, self.codebook, seed, effort, progress, moments)
         stored = dict(zip(("trellis", "suh", "svh"), tensors))
         if self.codebook in format.MARKERS:
             stored[self.codebook] = format.marker(self.codebook).to(weight.device)

@@ -45,6 +45,7 @@ import torch
 
 from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, logging
 from transformers.integrations.exl3 import encoding
+from transformers.integrations.exl3.checkpoint import linear_tensors
 from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.kernels import cpu
 
@@ -107,17 +108,15 @@ def load(hidden: int, layers: int, folder: str):
 
 
 def of_first_sizes(encode):
-    """`encode_with_progress` that encodes the first weight of each size, and returns zeros of the same shapes for others."""
+    """`encode` that encodes the first weight of each size, and returns zeros of the same shapes for others."""
     seen = set()
 
     def encode_or_not(weight, bits, codebook, seed, *others):
         if (weight.shape, bits) not in seen:
             seen.add((weight.shape, bits))
             return encode(weight, bits, codebook, seed, *others)
-        return [
-            torch.zeros_like(tensor, device="cpu")
-            for tensor in encoding.encode(weight.to("meta"), bits, codebook, seed)
-        ]
+        tensors = linear_tensors(weight.shape[1], weight.shape[0], bits, codebook, False)
+        return [torch.zeros_like(tensors[name], device="cpu") for name in ("trellis", "suh", "svh")]
 
     return encode_or_not
 
@@ -127,7 +126,7 @@ def convert_model(hidden: int, layers: int, folder: str):
     source, output = os.path.join(folder, "float"), os.path.join(folder, "converted")
     in_a_process(save_float_model, hidden, layers, source)
     before = anonymous()
-    with mock.patch.object(encoding, "encode_with_progress", of_first_sizes(encoding.encode_with_progress)):
+    with mock.patch.object(encoding, "encode", of_first_sizes(encoding.encode)):
         _, peak = peak_while(lambda: convert(source, output, Exl3Config(bits=4, head_bits=6)))
     made, written = checkpoint_bytes(source), checkpoint_bytes(output)
     largest = 2 * 16 * hidden * hidden
