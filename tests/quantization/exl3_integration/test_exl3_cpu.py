@@ -543,33 +543,71 @@ class Exl3GroupedLinearTest(unittest.TestCase):
         if not cpu.is_available():
             self.skipTest("the compiled kernels are missing")
         ranges, (*tensors, codebook), _ = self.groups([2, 0, 5])
-        x, places = torch.randn(4, 200, dtype=getattr(torch, dtype)), torch.tensor([3, 0, 1, 1, 2, 0, 3])
-        y, halves = torch.zeros(7, 2, 130, dtype=x.dtype), (slice(0, 1), slice(1, 3))
+        x, places = torch.randn(4, 200, dtype=getattr(torch, dtype)), torch.tensor([6, 0, 3, 2, 5, 7, 1, 4])
+        y, halves = torch.zeros(8, 2, 130, dtype=x.dtype), (slice(0, 1), slice(1, 3))
         products = [
             (cpu.kernels().Stack(*(tensor[half] for tensor in tensors), codebook, 200, 130), ranges[half], y[:, index])
             for half in halves
             for index in range(2)
         ]
-        cpu.kernels().grouped_linear(products, x, places)
-        expected = grouped.grouped_linear(x[places], ranges, *tensors, codebook, 130)
-        torch.testing.assert_close(y, expected[:, None].expand(7, 2, 130), rtol=0, atol=0)
+        cpu.kernels().grouped_linear(products, x, places, sharing=2)
+        expected = torch.zeros(8, 130, dtype=x.dtype)
+        expected[places] = grouped.grouped_linear(x[places // 2], ranges, *tensors, codebook, 130)
+        torch.testing.assert_close(y, expected[:, None].expand(8, 2, 130), rtol=0, atol=0)
         wrong = [
             (x, places + 1, ranges, "none of rows"),
             (x, places - 1, ranges, "none of rows"),
             (x, places.int(), ranges, "numbers of rows are int64"),
             (x, places, ranges.int(), "numbers of rows are int64"),
-            (x, places[1:], ranges, "does not fit"),
+            (x, places[1:], ranges, "do not fit places"),
+            (x[1:], places, ranges, "do not fit places"),
+            (x, None, ranges, "do not fit places None"),
             (x[:, 1:], places, ranges, "does not fit"),
             (x.half(), places, ranges, "does not fit"),
             (x, places, ranges[1:], "does not fit"),
-            (x, places, ranges + 1, "none of rows"),
+            (x, places, ranges + 2, "none of rows"),
         ]
         stack = cpu.kernels().Stack(*tensors, codebook, 200, 130)
         for rows, numbers, groups, message in wrong:
             with self.assertRaisesRegex(ValueError, message):
-                cpu.kernels().grouped_linear([(stack, groups, y[:, 0])], rows, numbers)
+                cpu.kernels().grouped_linear([(stack, groups, y[:, 0])], rows, numbers, sharing=2)
         with self.assertRaisesRegex(ValueError, "no stacks of one size"):
             cpu.kernels().Stack(tensors[0][:2], *tensors[1:], codebook, 200, 130)
+
+    def test_rows_are_sorted_as_by_torch(self):
+        """Those of no expert are behind the others here."""
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        for experts, count in ((5, 0), (1, 3), (5, 40), (128, 8), (128, 4096)):
+            numbers = torch.randint(-2, experts + 2, (count, 1))
+            order, ranges, routed = cpu.kernels().route(numbers[:, 0], experts)
+            rows, expected, _ = grouped.route(numbers, experts)
+            self.assertEqual(routed, (expected[-1, 1] - expected[0, 0]).item())
+            torch.testing.assert_close(ranges, expected - expected[0, 0], rtol=0, atol=0)
+            begin, end = expected[0, 0].item(), expected[-1, 1].item()
+            torch.testing.assert_close(order[:routed], rows[begin:end], rtol=0, atol=0)
+            self.assertEqual(sorted(order[routed:].tolist()), sorted([*rows[:begin].tolist(), *rows[end:].tolist()]))
+        with self.assertRaisesRegex(ValueError, "numbers of rows are int64"):
+            cpu.kernels().route(numbers[:, 0].int(), experts)
+
+    @parameterized.expand([(x, w) for x in ("float32", "float16", "bfloat16") for w in ("float32", "bfloat16")])
+    def test_rows_are_mixed_as_by_torch(self, dtype, weights_dtype):
+        if not cpu.is_available():
+            self.skipTest("the compiled kernels are missing")
+        for tokens, count, features in ((0, 2, 128), (1, 1, 3), (3, 8, 200), (2, 150, 128), (300, 4, 130)):
+            x = torch.randn(tokens * count, 2, features, dtype=getattr(torch, dtype))[:, 0]
+            weights = torch.rand(tokens, count, dtype=getattr(torch, weights_dtype))
+            expected = torch.zeros(tokens, features)
+            for rows, weight in zip(x.unflatten(0, (tokens, count)).unbind(1), weights.float().unbind(1)):
+                expected += rows.float() * weight[:, None]
+            torch.testing.assert_close(cpu.kernels().mix(x, weights), expected.to(x.dtype), rtol=0, atol=0)
+        for wrong, message in (
+            (weights[1:], "are not those"),
+            (weights.double(), "contiguous rows"),
+            (weights.T, "contiguous"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                cpu.kernels().mix(x, wrong)
 
     def test_gradients(self):
         ranges, stacks, weights = self.groups([2, 0, 60])

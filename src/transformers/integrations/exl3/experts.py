@@ -31,10 +31,6 @@ from . import format, grouped, ops
 from .modules import Exl3Linear, Exl3Module, is_unhooked
 
 
-# Outputs of more tokens are added up one row of each at a time, which stay in the cache.
-FEW_TOKENS = 16
-
-
 class Exl3StackedLinear(Exl3Module):
     """
     Quantized linear layers of the same sizes, rate and codebook, whose tensors are stacked: a projection of experts.
@@ -80,7 +76,7 @@ class Exl3StackedLinear(Exl3Module):
         return ranges[self._numbers if is_here else torch.tensor(self.members, device=ranges.device)]
 
     def packed(self):
-        """What `grouped.multiply_groups` takes for this stack, None where it is not to be used."""
+        """What the kernel takes for this stack, None where it is not to be used."""
         own = self._parameters
         if "suh" not in own or "svh" not in own or not is_unhooked(self):
             return None
@@ -185,7 +181,7 @@ class Exl3Projection(nn.Module):
                 del self._modules[name]
 
     def packed(self) -> list | None:
-        """The stacks, each with what `grouped.multiply_groups` takes for it. None where they are not all to be used like that."""
+        """The stacks, each with what the kernel takes for it. None where they are not all to be used like that."""
         found = [(stack, stack.packed()) for stack in self.children()]
         return found if is_unhooked(self) and all(packed for _, packed in found) else None
 
@@ -297,46 +293,49 @@ class Exl3Experts(Exl3Module):
         Returns:
             `torch.Tensor`: `[tokens, hidden]`.
         """
+        mixed = self._directly(hidden_states, top_k_index, top_k_weights)
+        if mixed is not None:
+            return mixed
         rows, ranges, places = grouped.routed(top_k_index, self.num_experts)
-        output = self._directly(hidden_states, rows, ranges, top_k_weights)
-        if output is not None and len(hidden_states) > FEW_TOKENS:
-            return _mixed(output, places.view(top_k_index.shape), top_k_weights).to(hidden_states.dtype)
-        if output is None:
-            x = hidden_states.index_select(0, rows)
-            if self._has_adapters():
-                output = self._one_by_one(x, ranges)
-            else:
-                output = self._expert(lambda role, x: getattr(self, f"stacked_{role}")(x, ranges), x)
+        x = hidden_states.index_select(0, rows)
+        if self._has_adapters():
+            output = self._one_by_one(x, ranges)
+        else:
+            output = self._expert(lambda role, x: getattr(self, f"stacked_{role}")(x, ranges), x)
         weighted = output.index_select(0, places).float() * top_k_weights.reshape(-1, 1).float()
         return weighted.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
-    def _directly(self, x, rows, ranges, top_k_weights) -> torch.Tensor | None:
+    def _directly(self, x, top_k_index, top_k_weights) -> torch.Tensor | None:
         """
-        The outputs `[rows, hidden]` of the experts for `x[rows]` on a CPU, in two calls of its kernel. None where something is to
-        see operators or modules, or where matrix products are faster.
+        What `forward` returns, on a CPU in a few calls of its kernel. None where something is to see operators or modules, or where
+        matrix products are faster.
         """
         is_direct = ops.is_direct(x, top_k_weights, *(stack.bias for _, stack in self.stacks()))
         if not is_direct or len(self._modules) > len(self.roles):
             return None
         packed = {role: self._modules[f"stacked_{role}"].packed() for role in self.roles}
-        few, (begin, end) = ops.most_rows(x), (ranges[0, 0].item(), ranges[-1, 1].item())
-        if not all(packed.values()) or (end > few and (ranges[:, 1] - ranges[:, 0]).max() > few):
+        if not all(packed.values()):
+            return None
+        kernels = grouped.compiled()
+        order, ranges, routed = kernels.route(top_k_index.reshape(-1).long(), self.num_experts)
+        few = ops.most_rows(x)
+        if routed > few and (ranges[:, 1] - ranges[:, 0]).max() > few:
             return None
 
-        def multiply(roles, x, places=None):
-            y = x.new_empty(len(rows), len(roles), packed[roles[0]][0][1].out_features)
-            if begin or end < len(rows):
-                y[:begin], y[end:] = 0, 0  # of no expert
+        def multiply(roles, x, sharing=1):
+            y = x.new_empty(len(order), len(roles), packed[roles[0]][0][1].out_features)
+            if routed < len(order):
+                y[order[routed:]] = 0  # of no expert
             products = [
                 (stack, own.ranges_of(ranges), y[:, index])
                 for index, role in enumerate(roles)
                 for own, stack in packed[role]
             ]
-            grouped.multiply_groups(products, x.contiguous(), places)
+            kernels.grouped_linear(products, x.contiguous(), order, sharing)
             return y
 
-        hidden = multiply([role for role in self.roles if role != "down"], x, rows)
-        return multiply(["down"], self._activated(hidden))[:, 0]
+        hidden = multiply([role for role in self.roles if role != "down"], x, top_k_index.shape[-1])
+        return kernels.mix(multiply(["down"], self._activated(hidden))[:, 0], top_k_weights.float())
 
     def _has_adapters(self) -> bool:
         """Whether something has been put in the place of separated layers, or hooks on them."""
@@ -391,17 +390,6 @@ class Exl3Experts(Exl3Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
-
-
-def _mixed(output: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """
-    The sums `[tokens, hidden]` in fp32 of rows `places` `[tokens, k]` of `output` times `weights` `[tokens, k]`: in the order in
-    which `sum` adds them. One row of each token at a time stays in the cache, where all at once take longer than a product does.
-    """
-    mixed = output.new_zeros(places.shape[0], output.shape[1], dtype=torch.float32)
-    for place, weight in zip(places.unbind(1), weights.float().unbind(1)):
-        mixed += output.index_select(0, place).float() * weight[:, None]
-    return mixed
 
 
 def separate_experts(model: nn.Module):

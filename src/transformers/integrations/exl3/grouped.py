@@ -149,14 +149,13 @@ def _(x, ranges, trellis, suh, svh, bias, codebook, out_features):
 
 
 class PackedStack(ops.Packed):
-    """What `multiply_groups` takes for stacked tensors."""
+    """What the compiled kernel takes for stacked tensors."""
 
     kind = "Stack"
 
 
-def multiply_groups(products: list[tuple], x: torch.Tensor, places: torch.Tensor):
-    """The rows `places` of `x` through several stacks at once. Arguments as of the compiled `grouped_linear`."""
-    cpu.kernels().grouped_linear(products, x, places)
+# For experts where nothing is to see operators: the compiled kernels' `route`, `grouped_linear` and `mix`.
+compiled = cpu.kernels
 
 
 @torch.library.custom_op("exl3::grouped_linear_input_grad", mutates_args=())

@@ -31,7 +31,7 @@ from ... import search as trellis_search
 from .. import DTYPES
 
 
-ABI_VERSION = 7  # as in cpu.cpp
+ABI_VERSION = 8  # as in cpu.cpp
 
 _STATUS = {
     1: "it knows no such rate",
@@ -46,9 +46,10 @@ _DTYPES = {dtype: number for number, dtype in enumerate(DTYPES)}
 # The structures of common.h, which `struct` fills faster than ctypes: rows of numbers are a pointer, a stride and a dtype.
 _ROWS, _NO_ROWS = "Pqi", (0, 0, 0)
 _TRELLIS = "Pqqqqii"  # as `_trellis` returns it
-_LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqqP")
-_OPERANDS, _SIZES = struct.Struct("@" + 2 * _ROWS + "0P"), struct.Struct("@qqqP")  # where that starts and ends
-_GROUPS = struct.Struct("@qPqqqq")  # what a grouped call has then, before the strides of a stack
+_LINEAR_CALL = struct.Struct("@" + 5 * _ROWS + _TRELLIS + "qqqPq")
+_OPERANDS, _SIZES = struct.Struct("@" + 2 * _ROWS + "0P"), struct.Struct("@qqqPq")  # where that starts and ends
+_GROUPS = struct.Struct("@Pqqqq")  # what a grouped call has then, before the strides of a stack
+_MIX_CALL = struct.Struct("@" + 3 * _ROWS + "qqq")
 _ROTATE_CALL = struct.Struct("@" + 5 * _ROWS + "qqq0P")
 _DECODE_CALL = struct.Struct("@" + 3 * _ROWS + _TRELLIS + "0P")
 
@@ -56,6 +57,8 @@ _SIGNATURES = {
     "exl3_search": [_POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT],
     "exl3_linear": [_POINTER, _LONG, _INT],
     "exl3_grouped_linear": [_POINTER, _LONG, _INT],
+    "exl3_route": [_POINTER, _LONG, _LONG, _POINTER, _POINTER],
+    "exl3_mix": [_POINTER, _INT],
     "exl3_rotate": [_POINTER, _INT],
     "exl3_decode": [_POINTER, _INT],
     "exl3_dequantize": [_POINTER, _INT],
@@ -86,6 +89,7 @@ def load(path: Path):
     library.exl3_use_openmp(ctypes.cast(region, _POINTER) if region else None)
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
+    library.exl3_route.restype = _LONG
     _library = library
 
 
@@ -175,6 +179,7 @@ def linear(layers: list[tuple], out: list[torch.Tensor]):
             *x.shape,
             y.shape[1],
             0,
+            1,
         )
         kept.append((x, trellis))  # until the calls are done
     _call("exl3_linear", _address(calls), len(layers), torch.get_num_threads())
@@ -205,10 +210,7 @@ class Weight:
             *_rows(svh),
             *_rows(bias),
             *_trellis(_tiles(trellis), codebook),
-            0,
-            0,
-            0,
-            0,
+            *(0, 0, 0, 0, 0),
         )
         self._constant = call[_OPERANDS.size : -_SIZES.size]
         self.in_features, self.out_features = in_features, out_features
@@ -219,7 +221,7 @@ class Weight:
         y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
         dtype = _DTYPES[x.dtype]
         operands = _OPERANDS.pack(x.data_ptr(), into, dtype, y.data_ptr(), out, dtype)
-        call = operands + self._constant + _SIZES.pack(x.numel() // into, into, out, 0)
+        call = operands + self._constant + _SIZES.pack(x.numel() // into, into, out, 0, 1)
         _call("exl3_linear", call, 1, torch.get_num_threads())
         return y
 
@@ -253,6 +255,7 @@ def grouped_linear(
     products: list[tuple[Stack, torch.Tensor, torch.Tensor]],
     x: torch.Tensor,
     places: torch.Tensor | None = None,
+    sharing: int = 1,
     most: int = sys.maxsize,
 ):
     """Products of groups of rows and stacked quantized weights, of all groups on all threads together.
@@ -260,27 +263,74 @@ def grouped_linear(
     Args:
         products (`list[tuple]`): For each stack int64 `ranges` `[groups, 2]`, as in `grouped.grouped_linear`, and where to write:
             `[rows, out_features]`, rows contiguous each, of `x`'s dtype. Written in rows of groups.
-        x (`torch.Tensor`): `[rows, in_features]` on the CPU, rows contiguous each, of a dtype of `DTYPES`.
-        places (`torch.Tensor`, *optional*): int64 `[rows]`, which row of `x` each row of a product is, in order if not given.
+        x (`torch.Tensor`): `[rows / sharing, in_features]` on the CPU, rows contiguous each, of a dtype of `DTYPES`.
+        places (`torch.Tensor`, *optional*): int64 `[rows]`, in which row of a product each row of the groups is, the same if not
+            given. None is there twice.
+        sharing (`int`, *optional*, defaults to 1): How many rows of a product, one after the other, are of the same row of `x`. If
+            there are several, with `places` only.
         most (`int`, *optional*): Groups of more rows are left out.
 
     Raises:
         ValueError: For tensors of other sizes, dtypes, layouts or devices, and for ranges and places that are none.
     """
-    rows, into = x.shape
-    count = rows if places is None else len(places)
+    rows, into = x.shape[0] * sharing, x.shape[1]
+    at = 0 if places is None else _numbers(places)
+    if not (sharing == 1 if places is None else len(places) == rows):
+        found = None if places is None else _describe(places)
+        raise ValueError(f"{sharing} rows of products for each of x {_describe(x)} do not fit places {found}")
     operand, calls = _rows(x), []
     for stack, ranges, y in products:
-        fits = into == stack.in_features and y.shape == (count, stack.out_features) and y.dtype is x.dtype
+        fits = into == stack.in_features and y.shape == (rows, stack.out_features) and y.dtype is x.dtype
         if not fits or ranges.shape != (stack.count, 2):
             raise ValueError(
                 f"a stack of {stack.count} weights [{stack.in_features}, {stack.out_features}] does not fit x {_describe(x)}, "
                 f"y {_describe(y)} and ranges {_describe(ranges)}"
             )
-        at = None if places is None else _numbers(places)
-        calls += (_OPERANDS.pack(*operand, *_rows(y)), stack._constant, _SIZES.pack(count, into, y.shape[1], at or 0))
-        calls += (_GROUPS.pack(rows, _numbers(ranges), *ranges.stride(), stack.count, most), stack._strides)
+        calls += (
+            _OPERANDS.pack(*operand, *_rows(y)),
+            stack._constant,
+            _SIZES.pack(rows, into, y.shape[1], at, sharing),
+        )
+        calls += (_GROUPS.pack(_numbers(ranges), *ranges.stride(), stack.count, most), stack._strides)
     _call("exl3_grouped_linear", b"".join(calls), len(products), torch.get_num_threads())
+
+
+def route(numbers: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A stable sort of the rows of a mixture by their experts.
+
+    Args:
+        numbers (`torch.Tensor`): int64 `[rows]` on the CPU, the expert of each; other numbers than 0 to `experts` stand for none.
+        experts (`int`): How many there are.
+
+    Returns:
+        `tuple(torch.Tensor, torch.Tensor, int)`: int64 `[rows]`, the rows of each expert in order and then those of none; int64
+        `[experts, 2]`, where among them those of each expert begin and end; how many are of an expert.
+    """
+    order, ranges = torch.empty(len(numbers), dtype=torch.int64), torch.empty(experts, 2, dtype=torch.int64)
+    tensors = order.data_ptr(), ranges.data_ptr()
+    return order, ranges, _library.exl3_route(_numbers(numbers), len(numbers), experts, *tensors)
+
+
+def mix(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums in fp32 of the rows of each token times their weights, in order: `(x.view(*weights.shape, -1) * weights).sum(1)`.
+
+    Args:
+        x (`torch.Tensor`): `[tokens k, features]` on the CPU, rows contiguous each, of a dtype of `DTYPES`.
+        weights (`torch.Tensor`): `[tokens, k]`, the same.
+
+    Returns:
+        `torch.Tensor`: `[tokens, features]`, of the dtype of `x`.
+
+    Raises:
+        ValueError: For tensors of other sizes, dtypes, layouts or devices.
+    """
+    tokens, count = weights.shape
+    if len(x) != tokens * count:
+        raise ValueError(f"rows of {_describe(x)} are not those of weights {_describe(weights)}")
+    y = x.new_empty(tokens, x.shape[1])
+    call = _MIX_CALL.pack(*_rows(x), *_rows(y), *_rows(weights), tokens, count, x.shape[1])
+    _call("exl3_mix", call, torch.get_num_threads())
+    return y
 
 
 def _numbers(tensor):

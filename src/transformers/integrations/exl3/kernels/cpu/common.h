@@ -175,23 +175,38 @@ struct Trellis {
   int32_t twice_bits, codebook;
 };
 
+// How many words on from a tile the one to fetch is: `ahead` tiles further in its column, and where this has no more than `tiles`, in
+// the one that is read next, `columns` later.
+inline int64_t to_fetch(int64_t tile, int64_t tiles, int64_t ahead, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  return ahead * row_stride + (tile + ahead < tiles ? 0 : columns * column_stride - tiles * row_stride);
+}
+
 // What `exl3_linear` computes: `y = x @ W + bias`.
 struct LinearCall {
   Rows x, y;  // [rows, in_features] and [rows, out_features]
   Rows suh, svh, bias;
   Trellis trellis;
   int64_t rows, in_features, out_features;
-  const int64_t* places;  // [rows]: which row of `x` each is; null where they are in order
+  const int64_t* places;  // [rows]: which row of `y` each is; null where they are in order
+  int64_t sharing;        // rows of `y`, one after the other, that are products of one row of `x`
+
+  int64_t place_of(int64_t row) const { return places ? places[row] : row; }
 };
 
 // What `exl3_grouped_linear` computes: groups of rows, each with a weight of its own out of a stack.
 struct GroupedCall {
   LinearCall first;       // with the first weight, and all rows
-  int64_t x_rows;         // that `x` has
   const int64_t* ranges;  // [groups, 2]: the first row of each group, and the one after its last
   int64_t group_stride, end_stride, groups;
   int64_t most;                     // groups of more rows are left out
   int64_t trellis, suh, svh, bias;  // from one weight to the next: strides in words and elements
+};
+
+// What `exl3_mix` computes: `y[token] = sum(weights[token, i] * x[token * count + i])`.
+struct MixCall {
+  Rows x, y;     // [tokens * count, features] and [tokens, features]
+  Rows weights;  // [tokens, count]
+  int64_t tokens, count, features;
 };
 
 // What `exl3_rotate` computes: `y = hadamard(x * before) * after + bias`.
@@ -248,8 +263,8 @@ int input_bits_wanted() {
 
 // Byte `part` of `parts` of a whole input, a signed number: that of all but the lowest bits first where there are two.
 inline int8_t byte_of(int16_t whole, int part, int parts) {
-  int8_t low = int8_t(whole);
-  return parts == 2 && part == 0 ? int8_t((whole - low) / 256) : low;
+  int lower = parts == 2 && part == 0 ? 8 : 0;  // bits: where they are a negative number, the upper ones are one more
+  return int8_t((whole + (1 << lower >> 1)) >> lower);
 }
 inline int32_t four_bytes(int8_t byte) { return int32_t(uint8_t(byte) * 0x01010101u); }
 
@@ -262,6 +277,10 @@ struct FusedCall {
   const int32_t* totals;                           // [blocks, rows, parts]: sums of the inputs' bytes, for mul1
   const float* scales;                             // [blocks, rows]
   float* sums[FUSED_ROWS];                         // each [16 FUSED_COLUMNS]
+
+  int64_t ahead(int64_t tile) const {
+    return to_fetch(tile, blocks * BLOCK_TILES, FUSED_AHEAD, FUSED_COLUMNS, row_stride, column_stride);
+  }
 };
 using FusedProduct = void (*)(const FusedCall&);
 

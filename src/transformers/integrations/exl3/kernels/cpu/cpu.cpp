@@ -57,7 +57,7 @@ void __throw_bad_array_new_length() { throw bad_alloc(); }
 
 namespace {
 
-constexpr int ABI_VERSION = 7;  // `calls.ABI_VERSION`: raised with every change of a signature below
+constexpr int ABI_VERSION = 8;  // `calls.ABI_VERSION`: raised with every change of a signature below
 
 constexpr int LINE = 64;          // bytes of a cache line and of the longest vector
 constexpr int MAX_DIFFERENCE = 255;  // of numbers whose square is a 16-bit cost
@@ -218,6 +218,7 @@ struct Isa {
   const char* name;
   void (*search)(const SearchJob&, int twice_bits, int threads);
   void (*multiply)(const LinearCall*, int64_t count, int threads, const Fused*);
+  void (*mix)(const MixCall&, int threads);
   void (*rotate)(const RotateCall&, int threads);
   void (*decode)(const DecodeCall&, int threads);
   void (*dequantize)(const DecodeCall&, int threads);
@@ -226,7 +227,7 @@ struct Isa {
 };
 
 #define EXL3_ISA(name, kernels, fused) \
-  {name, kernels::search, kernels::multiply, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
+  {name, kernels::search, kernels::multiply, kernels::mix, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
    kernels::MANY_ROWS, fused}
 
 #if defined(EXL3_ARM_DOT)
@@ -367,7 +368,7 @@ EXPORT int32_t exl3_grouped_linear(const GroupedCall* calls, int64_t count, int3
     for (const GroupedCall* call = calls; call < calls + count; ++call) {
       const LinearCall& first = call->first;
       for (int64_t row = 0; first.places && row < first.rows; ++row)
-        if (first.places[row] < 0 || first.places[row] >= call->x_rows) return NO_SUCH_ROWS;
+        if (first.places[row] < 0 || first.places[row] >= first.rows) return NO_SUCH_ROWS;
       for (int64_t group = 0; group < call->groups; ++group) {
         const int64_t* range = call->ranges + group * call->group_stride;
         int64_t begin = range[0], end = range[call->end_stride];
@@ -375,11 +376,12 @@ EXPORT int32_t exl3_grouped_linear(const GroupedCall* calls, int64_t count, int3
         if (begin == end || end - begin > call->most) continue;
         LinearCall one = first;
         one.rows = end - begin;
-        if (one.places)
+        if (one.places) {
           one.places += begin;
-        else
+        } else {
           advance(one.x, begin * one.x.stride);
-        advance(one.y, begin * one.y.stride);
+          advance(one.y, begin * one.y.stride);
+        }
         advance(one.suh, group * call->suh);
         advance(one.svh, group * call->svh);
         advance(one.bias, group * call->bias);
@@ -389,6 +391,30 @@ EXPORT int32_t exl3_grouped_linear(const GroupedCall* calls, int64_t count, int3
     }
     return exl3_linear(products.data(), int64_t(products.size()), threads);
   });
+}
+
+// A counting sort of the rows of a mixture by their experts, `numbers` [count] of which are below 0 or not below `experts` for none:
+// to `order` [count] the rows of each expert, in order, from `ranges` [experts, 2] first to last, and then those of none. Returns
+// how many are of an expert.
+EXPORT int64_t exl3_route(const int64_t* numbers, int64_t count, int64_t experts, int64_t* order, int64_t* ranges) {
+  auto is_one = [&](int64_t number) { return number >= 0 && number < experts; };
+  std::fill_n(ranges, 2 * experts, 0);
+  for (int64_t row = 0; row < count; ++row)
+    if (is_one(numbers[row])) ++ranges[2 * numbers[row] + 1];
+  int64_t routed = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    int64_t rows = ranges[2 * expert + 1];
+    ranges[2 * expert] = ranges[2 * expert + 1] = routed;
+    routed += rows;
+  }
+  for (int64_t row = 0, others = routed; row < count; ++row)
+    order[is_one(numbers[row]) ? ranges[2 * numbers[row] + 1]++ : others++] = row;
+  return routed;
+}
+
+// Weighted sums of rows.
+EXPORT int32_t exl3_mix(const MixCall* call, int32_t threads) {
+  return run(RATES[0], [&](const Isa& isa) { isa.mix(*call, threads); });
 }
 
 // `hadamard` of rows that are scaled before and after.

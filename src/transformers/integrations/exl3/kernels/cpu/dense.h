@@ -24,7 +24,7 @@ static void decode_column(const DecodeCall& call, int64_t column, Decoder decode
   for (int64_t first = 0; first < call.trellis.in_tiles; first += BLOCK_TILES) {
     int count = int(std::min<int64_t>(BLOCK_TILES, call.trellis.in_tiles - first));
     alignas(64) int16_t codes[BLOCK_TILES * TILE_SIZE], transposed[BLOCK_TILES * TILE_SIZE];
-    decode(tile + first * call.trellis.row_stride, call.trellis.row_stride, count, codes);
+    decode(tile + first * call.trellis.row_stride, call.trellis.row_stride, PREFETCHED * call.trellis.row_stride, count, codes);
     for (int i = 0; i < count; ++i) transpose_codes(codes + i * TILE_SIZE, transposed + i * TILE_SIZE);
     for (int row = 0; row < TILE; ++row)
       for (int i = 0; i < count; ++i)

@@ -150,7 +150,7 @@ static inline void multiply_block(const FusedCall& call, const int16_t* tile, in
     for (auto& planes : pair)
       for (Sums& dwords : planes) dwords = Operations::zeros();
   for (int i = 0; i < BLOCK_TILES; ++i, tile += call.row_stride) {
-    if constexpr (FIRST == 0) prefetch<16 * RATE>(tile + FUSED_AHEAD * call.row_stride);
+    if constexpr (FIRST == 0) prefetch<16 * RATE>(tile + call.ahead(block * BLOCK_TILES + i));
     const int32_t* inputs[ROWS];
     for (int row = 0; row < ROWS; ++row)
       inputs[row] = call.inputs + ((row * call.blocks + block) * BLOCK_TILES + i) * PLANES * INPUTS;

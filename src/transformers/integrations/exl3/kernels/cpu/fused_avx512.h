@@ -77,9 +77,10 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
     for (int64_t tile = block * BLOCK_TILES; tile < (block + 1) * BLOCK_TILES; ++tile) {
       const int16_t* tiles[FUSED_COLUMNS];
       const int32_t* input[ROWS];
+      const int64_t ahead = call.ahead(tile);
       for (int i = 0; i < FUSED_COLUMNS; ++i) {
         tiles[i] = call.column + i * call.column_stride + tile * call.row_stride;
-        prefetch<Windows<RATE>::BYTES>(tiles[i] + FUSED_AHEAD * call.row_stride);
+        prefetch<Windows<RATE>::BYTES>(tiles[i] + ahead);
       }
       for (int row = 0; row < ROWS; ++row)
         input[row] = call.inputs + (row * call.blocks * BLOCK_TILES + tile) * PARTS * TILE;
@@ -100,10 +101,12 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
 
 // [8, parts, 16]: a byte in all four of a dword, or a number in both halves.
 static void arrange_inputs(const int16_t* whole, int codebook, int parts, int32_t* to) {
-  for (int i = 0; i < BLOCK; ++i)
-    for (int part = 0; part < parts; ++part)
-      to[(i / TILE * parts + part) * TILE + i % TILE] =
-          codebook == MUL1 ? four_bytes(byte_of(whole[i], part, parts)) : int32_t(uint16_t(whole[i]) * 0x00010001u);
+  for (int tile = 0; tile < BLOCK_TILES; ++tile, whole += TILE)
+    for (int part = 0; part < parts; ++part, to += TILE)
+      if (codebook == MUL1)
+        for (int i = 0; i < TILE; ++i) to[i] = four_bytes(byte_of(whole[i], part, parts));
+      else
+        for (int i = 0; i < TILE; ++i) to[i] = int32_t(uint16_t(whole[i]) * 0x00010001u);
 }
 
 template <int... I>

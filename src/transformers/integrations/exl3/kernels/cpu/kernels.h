@@ -27,6 +27,8 @@
 
 #include "linear.h"
 
+#include "mix.h"
+
 #include "dense.h"
 
 #include "search.h"

@@ -112,7 +112,7 @@ struct Linear {
   void prepare_row(int64_t group, int number, int64_t block, const Operand& factors) const {
     int64_t row = first_row(group) + number, index = block * call.rows + row;
     alignas(64) float data[BLOCK];
-    read_block(call.x, call.places ? call.places[row] : row, block, call.in_features, data);
+    read_block(call.x, call.place_of(row) / call.sharing, block, call.in_features, data);
     scale_block(factors, data);
     rotate(data);
     if (exact) {
@@ -185,12 +185,15 @@ struct Linear {
     if (shared && left.data[chunk * (columns / BLOCK_TILES) + block].fetch_sub(int(width)) > width) return;
     const Operand factors = Operand::factors(call.svh, block), addends = Operand::addends(call.bias, block, call.out_features);
     for (int64_t i = 0; i < rows; ++i)
-      finish_block(factors, addends, call.y, first + i, block, call.out_features, part.at(i, block * BLOCK_TILES - column));
+      finish_block(factors, addends, call.y, call.place_of(first + i), block, call.out_features,
+                   part.at(i, block * BLOCK_TILES - column));
   }
 
   void decode_block(int64_t column, int64_t block, int16_t* codes) const {
-    const int16_t* tile = call.trellis.data + column * call.trellis.column_stride + block * BLOCK_TILES * call.trellis.row_stride;
-    decode(tile, call.trellis.row_stride, BLOCK_TILES, codes);
+    const Trellis& all = call.trellis;
+    int64_t tile = block * BLOCK_TILES;
+    int64_t ahead = to_fetch(tile, all.in_tiles, PREFETCHED, exact ? 1 : COLUMNS, all.row_stride, all.column_stride);
+    decode(all.data + column * all.column_stride + tile * all.row_stride, all.row_stride, ahead, BLOCK_TILES, codes);
   }
 
   void multiply_fused(const Part& part) const {

@@ -15,7 +15,7 @@
 // The blockwise rotation: `hadamard` of hadamard.py in the same fp32 operations, and rows that are scaled on both sides of
 // it. Before it the choice of a decoder, which everything else needs.
 
-using Decoder = void (*)(const int16_t* tile, int64_t stride, int count, int16_t* codes);
+using Decoder = void (*)(const int16_t* tile, int64_t stride, int64_t ahead, int count, int16_t* codes);
 
 constexpr int PREFETCHED = 40;  // tiles ahead: about 300 ns, what memory takes
 
@@ -25,11 +25,11 @@ struct StreamOrder {
   static inline void decode(const int16_t* tile, int16_t* codes) { decode_tile<RATE, BOOK>(tile, codes); }
 };
 
-// `count` tiles that are `stride` words apart to their codes [count, 256].
+// `count` tiles that are `stride` words apart to their codes [count, 256]. What is `ahead` words on is fetched.
 template <class Order, int RATE, int BOOK>
-static void decode_tiles(const int16_t* tile, int64_t stride, int count, int16_t* codes) {
+static void decode_tiles(const int16_t* tile, int64_t stride, int64_t ahead, int count, int16_t* codes) {
   for (int i = 0; i < count; ++i) {
-    prefetch<32 * RATE / 2>(tile + (i + PREFETCHED) * stride);
+    prefetch<32 * RATE / 2>(tile + i * stride + ahead);
     Order::template decode<RATE, BOOK>(tile + i * stride, codes + i * TILE_SIZE);
   }
 }
