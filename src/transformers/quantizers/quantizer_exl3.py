@@ -50,7 +50,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self.progress = None  # of quantizing
         self.file_names = None  # of a float checkpoint's tensors, and the model's state before modules are replaced
         self.published = None  # what config.json beside the weights says
-        self.has_failed = False  # whether a parameter could not be quantized
+        self.failure = None  # the error of a parameter that could not be quantized
 
     @property
     def requires_parameters_quantization(self) -> bool:
@@ -218,6 +218,7 @@ class Exl3HfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions, model):
         from ..integrations.exl3.loading import Exl3Names, keeping_stored, with_transforms
         from ..integrations.exl3.naming import Exl3FileNames, names_in_files
+        from ..integrations.exl3.quantizing import Exl3Failure
         from ..integrations.exl3.stacks import Exl3Stacks
 
         if self.plan is not None:
@@ -225,7 +226,7 @@ class Exl3HfQuantizer(HfQuantizer):
             names = Exl3Names(self.plan.names, on_loading=False)
             found, state = self.file_names
             in_files = Exl3FileNames(names_in_files(found, weight_conversions, model.base_model_prefix, state))
-            return [in_files, *weight_conversions, names, Exl3Stacks(self.plan.stacks), stored]
+            return [in_files, *weight_conversions, names, Exl3Stacks(self.plan.stacks), stored, Exl3Failure(self)]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:

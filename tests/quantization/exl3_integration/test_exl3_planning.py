@@ -143,6 +143,8 @@ class Exl3ConversionsThatReadTheModelTest(unittest.TestCase):
             ("sarvam_moe", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, "head_dim": 32}, ["mlp"], 4),
             # The same with two that stay plain.
             ("lara_mini", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, **LARA, "head_dim": 32}, ["mlp"], 3),
+            # The same with one that was asked to stay plain: it is not joined with nothing on saving.
+            ("sarvam_moe", AutoModelForCausalLM, {**ONE_LAYER, **EXPERTS, "head_dim": 32}, ["mlp", "v_proj"], 3),
             # Experts in either orientation.
             ("qwen3_vl_moe", AutoModelForImageTextToText, QWEN_VL, ["visual", "self_attn"], 1),
             # Rows of different numbers in one tensor.

@@ -17,6 +17,7 @@ import copy
 import gc
 import json
 import os
+import re
 import shutil
 import tempfile
 import unittest
@@ -646,9 +647,8 @@ class Exl3QuantizingTest(unittest.TestCase):
         model.model.layers[0].self_attn.v_proj.bias.data[3] = 1e6
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other)
-            with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
+            with self.assertRaisesRegex(ValueError, "model.layers.0.self_attn.v_proj.bias cannot be stored"):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
-        self.assertIn("model.layers.0.self_attn.v_proj.bias cannot be stored", "".join(logs.output))
 
     @parameterized.expand(
         [
@@ -664,17 +664,26 @@ class Exl3QuantizingTest(unittest.TestCase):
             tensors = read_tensors(other) | {f"{path}.weight": torch.zeros(shape)}
             save_file(tensors, os.path.join(other, "model.safetensors"), metadata={"format": "pt"})
             config = Exl3Config(bits=1, embedding_bits=1 if "embed" in path else None)
-            with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
+            message = f"{path}.weight has the shape {[*shape]}, the model's is {[*expected]}"
+            with self.assertRaisesRegex(ValueError, re.escape(message)):
                 auto_class.from_pretrained(other, quantization_config=config)
-        message = f"{path}.weight has the shape {[*shape]}, the model's is {[*expected]}"
-        self.assertIn(message, "".join(logs.output))
 
     def test_nothing_is_quantized_after_the_first_error(self):
         folder, _, auto_class = self.source("llama")
         with mock.patch.object(Exl3Linear, "encoded", side_effect=ValueError("no")) as encoded:
-            with self.assertRaises(RuntimeError):
+            with self.assertRaisesRegex(ValueError, "no. Download"):
                 auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=1))
         self.assertEqual(encoded.call_count, 1)
+
+    def test_the_first_error_is_told_where_layers_are_offloaded(self):
+        """And not what moving a model that is not whole ends in."""
+        folder, _, auto_class = self.source("llama")
+        places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+        with tempfile.TemporaryDirectory() as other, self.assertRaisesRegex(ValueError, "no. Download"):
+            with mock.patch.object(Exl3Linear, "encoded", side_effect=ValueError("no")):
+                auto_class.from_pretrained(
+                    folder, quantization_config=Exl3Config(bits=1), device_map=places, offload_folder=other
+                )
 
     @parameterized.expand(
         [
@@ -689,9 +698,20 @@ class Exl3QuantizingTest(unittest.TestCase):
         model.get_parameter(parameter).data.view(-1)[5] = value
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other)
-            with self.assertLogs("transformers", "WARNING") as logs, self.assertRaises(RuntimeError):
+            with self.assertRaisesRegex(ValueError, f"{message} cannot be quantized(.*)modules_to_not_convert"):
                 auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
-        self.assertIn(f"{message} cannot be quantized", "".join(logs.output))
+
+    def test_float_weights_that_are_cut_short_are_an_error_that_names_the_file(self):
+        folder, _, auto_class = self.source("llama")
+        with tempfile.TemporaryDirectory() as other:
+            shutil.copytree(folder, other, dirs_exist_ok=True)
+            file = os.path.join(other, "model.safetensors")
+            os.truncate(file, os.path.getsize(file) - 1)
+            with self.assertRaisesRegex(
+                ValueError, f"This checkpoint cannot be loaded:\n  {file}: no whole safetensors"
+            ) as caught:
+                auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
+        self.assertNotIn("EXL3", str(caught.exception))
 
     def test_experts_that_the_checkpoint_has_but_in_part_stay_plain(self):
         """What came is as it was, what did not is initialised."""

@@ -211,6 +211,22 @@ class Exl3SavingTest(unittest.TestCase):
         self.assertFalse(hasattr(again.config, "quantization_config"))
         torch.testing.assert_close(again(**tiny_inputs(name)).logits, expected, rtol=1e-4, atol=1e-4)
 
+    def test_a_float_model_in_the_place_of_a_quantized_one_has_no_map_of_its_tensors(self):
+        model, (floats, _) = self.load(), tiny_model("llama")
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "quantization_config.json")
+            for variant, is_left in (("second", True), (None, False)):
+                model.save_pretrained(folder)
+                floats.save_pretrained(folder, variant=variant)
+                self.assertEqual(os.path.exists(file), is_left)
+            model.save_pretrained(folder)
+            model.dequantize().save_pretrained(folder)
+            self.assertFalse(os.path.exists(file))
+            for content in ("", "[1]", '{"quant_method": "other"}'):
+                Path(file).write_text(content, encoding="utf-8")
+                floats.save_pretrained(folder)
+                self.assertEqual(Path(file).read_text(encoding="utf-8"), content)
+
     def test_a_plain_part_of_a_model_whose_config_it_shares_is_saved_as_a_plain_model(self):
         model, auto_class = tiny_model("llama")
         model.save_pretrained(self.folder)

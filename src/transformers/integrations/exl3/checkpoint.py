@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import format
-from .stored import AGAIN, Exl3CheckpointError, Reader, StoredTensor, not_finite, read, stored_tensors
+from .stored import Exl3CheckpointError, Reader, StoredTensor, not_finite, read, stored_tensors
 
 
 WORDS = (torch.int16, torch.uint16)
@@ -31,6 +31,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 LINEAR_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "bias")
 EMBEDDING_TENSORS = ("trellis", "signs")
+AGAIN = "It is damaged or no EXL3 checkpoint: download or convert it again."
 FINITE = ("suh", "svh", "signs", "bias")  # tensors of numbers; all others are bits
 
 

@@ -35,7 +35,7 @@ from torch import nn
 
 from ... import __version__
 from .finished import Layers
-from .scratch import scratch
+from .scratch import if_none, scratch
 
 
 UNFINISHED = ".unfinished-conversion"
@@ -80,7 +80,9 @@ class Conversion:
             raise FileExistsError(f"{self.output} is no folder: give a new one for the result.")
 
         def refuse():
-            raise RuntimeError(f"Another process is converting to {self.output}: wait for it, or end it.")
+            raise RuntimeError(
+                f"Another process is converting to {self.output}: wait for it, or end it. {if_none(self.folder)}"
+            )
 
         with scratch(self.folder, refuse):
             try:
@@ -220,8 +222,8 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def fingerprints(files: Iterable[Path]) -> dict[str, str]:
-    """By name, what tells each of `files` from other files: its size, and a digest of samples of it."""
+def fingerprints(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    """By path in `folder`, what tells each of `files` from other files: its size, and a digest of samples of it."""
     found = {}
     for file in files:
         size, digest = file.stat().st_size, hashlib.sha256()
@@ -230,7 +232,7 @@ def fingerprints(files: Iterable[Path]) -> dict[str, str]:
             for index in range(1, SAMPLES + 1):
                 stream.seek(max(size - SAMPLE, 0) * index // SAMPLES)
                 digest.update(stream.read(SAMPLE))
-        found[file.name] = f"{size} bytes {digest.hexdigest()[:16]}"
+        found[str(file.relative_to(folder))] = f"{size} bytes {digest.hexdigest()[:16]}"
     return found
 
 

@@ -106,6 +106,8 @@ def convert(
         `ValueError` or `OSError`: Where the source is not a float checkpoint of a known model, the output folder is in use, the
             settings are not those of the conversion to be resumed, or the disk is too small.
     """
+    if not isinstance(config, Exl3Config):
+        raise TypeError(f"`config` has to be an Exl3Config, which tells how to quantize, and is {config!r}")
     begin, source, output = time.monotonic(), os.fspath(source), Path(output)
     device = _checked(torch.device(device)) if device is not None else None
     if device is not None and device.type != "cpu" and config.dataset is not None:
@@ -115,9 +117,13 @@ def convert(
         )
     _check_size(max_shard_size)  # saving comes last, hours later
     folder = find_source(source, revision)
-    weights, others = ([folder], []) if folder.is_file() else (_weight_files(folder), [folder / CONFIG_NAME])
+    if folder.is_file():
+        weights, told = [folder], fingerprints([folder], folder.parent)
+    else:
+        weights = _weight_files(folder)
+        told = fingerprints([folder / CONFIG_NAME, *_files_beside(folder), *weights], folder)
     before = _size(weights)
-    settings = {**_settings(config), **versions(), **fingerprints([*others, *weights])}
+    settings = {**_settings(config), **versions(), **told}
     if base_model is None and not Path(source).exists():
         base_model = source
     conversion = Conversion(output, settings)
@@ -128,7 +134,11 @@ def convert(
             folder = unpack_gguf(folder, conversion.work / "float")
         model_class = _model_class(folder)
         beside = conversion.folder / "beside"
-        _copy_beside(folder, beside)
+        shutil.rmtree(beside, ignore_errors=True)
+        for file in _files_beside(folder):
+            copy = beside / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         _model_card(folder, output.resolve().name, model_class, config, base_model).save(beside / README)
         with finished.kept_as(LayerFiles(conversion.work / "layers", device)):
             model = model_class.from_pretrained(folder, dtype="auto", quantization_config=config)
@@ -267,17 +277,13 @@ def unpack_gguf(file: Path, folder: Path) -> Path:
     return folder
 
 
-def _copy_beside(source: Path, folder: Path):
+def _files_beside(source: Path) -> list[Path]:
     """
-    Copy to `folder`, made anew, what stands beside the weights in `source`: tokenizer, processor, chat templates, code, licenses.
-    Of folders come chat templates, and the layers that sentence embeddings go through, with their weights.
+    What stands beside the weights in `source` and comes along: tokenizer, processor, chat templates, code, licenses. Of folders come
+    chat templates, and the layers that sentence embeddings go through, with their weights.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHTS):
-            if file.name not in (CONFIG_NAME, README):
-                shutil.copyfile(file, folder / file.name)
+    files = [file for file in source.iterdir() if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if not file.name.endswith(WEIGHTS) and file.name not in (CONFIG_NAME, README)]
     folders, modules = [CHAT_TEMPLATE_DIR], source / "modules.json"
     if modules.is_file():
         folders += [module["path"] for module in json.loads(modules.read_text(encoding="utf-8")) if module["path"]]
@@ -285,7 +291,8 @@ def _copy_beside(source: Path, folder: Path):
         if (source / name).is_dir():
             if Path(name).name != name:
                 raise ValueError(f"{modules} names the folder {name!r}, which is not one right in {source}.")
-            shutil.copytree(source / name, folder / name)
+            files += [file for file in (source / name).rglob("*") if file.is_file()]
+    return sorted(files)
 
 
 def _move(path: Path, target: Path):

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from . import encoding, format, ops
-from .weight import DequantizedWeight
+from .weight import DequantizedWeight, refuse_change
 
 
 def _with_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
@@ -270,6 +270,15 @@ class Exl3Linear(Exl3Module, nn.Linear):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return decode()
         return DequantizedWeight(decode, (self.out_features, self.in_features), self.plain_dtype, self.device)
+
+    @weight.setter
+    def weight(self, value):
+        refuse_change()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None):
+        if name == "weight" or isinstance(param, DequantizedWeight):  # as what prunes or normalizes weights has it
+            refuse_change()
+        super().register_parameter(name, param)
 
     @property
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:

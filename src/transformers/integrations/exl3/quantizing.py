@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...core_model_loading import ConversionOps
+from ...core_model_loading import ConversionOps, WeightRenaming
 from ...distributed.sharding_utils import _dtensor_from_local_like
 from ...distributed.utils import is_dtensor
 from . import encoder, finished, format, ops
@@ -31,6 +31,9 @@ from .progress import Progress
 from .stacks import Exl3StackNames, Exl3Stacks
 
 
+LEFT_OUT = "Download the weights again, or leave the layer as it is by `modules_to_not_convert`."
+
+
 class Exl3Quantize(ConversionOps):
     """Quantizes a parameter of a float checkpoint for the module that waits for it."""
 
@@ -39,16 +42,16 @@ class Exl3Quantize(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-        quantizer = self.hf_quantizer
-        if quantizer.has_failed:
-            # Upstream raises the error when it has been through all parameters, which would take hours for nothing.
+        quantizer, result = self.hf_quantizer, {}
+        try:
+            for name, value in input_dict.items() if quantizer.failure is None else ():
+                result |= self._quantized(name, value[0] if isinstance(value, list) else value, model, missing_keys)
+        except Exception as error:
+            # Upstream would go through all parameters, for hours, and then raise an error that does not say what is wrong.
+            quantizer.failure = error
+        if quantizer.failure is not None:
             missing_keys.clear()
             return {}
-        quantizer.has_failed = True
-        result = {}
-        for name, value in input_dict.items():
-            result |= self._quantized(name, value[0] if isinstance(value, list) else value, model, missing_keys)
-        quantizer.has_failed = False
         return result
 
     def _quantized(self, name, value, model, missing_keys):
@@ -73,6 +76,27 @@ class Exl3Quantize(ConversionOps):
             result |= {name: own_part(tensor, model.get_parameter_or_buffer(name)) for name, tensor in made.items()}
             missing_keys.discard(f"{path}.{parameter}")
         return result
+
+
+class Exl3Failure(WeightRenaming):
+    """
+    Renames nothing. When all parameters are through, upstream asks its transforms whether they were used: here the error of a
+    parameter that could not be quantized is raised then, before anything is done with a model that is not whole.
+    """
+
+    __slots__ = ("hf_quantizer",)
+
+    def __init__(self, hf_quantizer):
+        super().__init__("exl3 failure", "exl3 failure")  # with a space: a pattern that matches no tensor
+        self.hf_quantizer = hf_quantizer
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, None
+
+    def was_used(self) -> bool:
+        if self.hf_quantizer.failure is not None:
+            raise self.hf_quantizer.failure
+        return False
 
 
 def _gathered(value: torch.Tensor, placeholder: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -161,7 +185,7 @@ def _encoded(path, module, parameter, value, progress, moments_of):
                     data = () if isinstance(linear, Exl3Embedding) else (moments_of(layer),)
                     tensors = linear.encoded(view, encoder.seed_of(name), progress.effort, update, *data)
             except ValueError as error:
-                raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+                raise ValueError(f"{name}.weight cannot be quantized: {error}. {LEFT_OUT}") from error
             tensors = kept.keep(name, tensors)
         else:
             progress.skip(view.numel())
@@ -176,7 +200,7 @@ def _stored_bias(name: str, bias: torch.Tensor, linear: Exl3Linear) -> torch.Ten
     stored = torch.nn.functional.pad(bias, (0, format.padded(linear.out_features) - bias.shape[0])).half()
     if not stored.isfinite().all():
         raise ValueError(
-            f"{name}.bias cannot be stored: it is not finite in float16 (the largest is {bias.abs().max()})"
+            f"{name}.bias cannot be stored: it is not finite in float16 (the largest is {bias.abs().max()}). {LEFT_OUT}"
         )
     return stored
 

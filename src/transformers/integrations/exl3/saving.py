@@ -37,11 +37,12 @@ from ...utils.quantization_config import QuantizationMethod
 from . import format
 from .checkpoint import read_checkpoint
 from .modules import Exl3Linear, Exl3Module
-from .scratch import scratch
+from .scratch import if_none, scratch
 
 
 logger = logging.getLogger(__name__)
 
+TENSOR_STORAGE = "quantization_config.json"  # is written for other programs, and never read here but for its method
 UNFINISHED = ".unfinished"  # where files are written first, in the folder that they are for
 ASIDE = ".replaced"  # in the names of old files while new ones take their places
 
@@ -96,7 +97,9 @@ def _saving_exl3(save: Callable) -> Callable:
     def save_pretrained(self, *args, **kwargs):
         if not any(isinstance(module, Exl3Module) for module in self.modules()):
             with _config_of_floats(self):
-                return save(self, *args, **kwargs)
+                result = save(self, *args, **kwargs)
+            _remove_tensor_storage(self, inspect.signature(save).bind(self, *args, **kwargs))
+            return result
         if getattr(self, "hf_quantizer", None) is None:
             raise ValueError(
                 f"This {type(self).__name__} is a part of a quantized model, and saved alone it would be loaded without its quantized "
@@ -110,6 +113,12 @@ def _saving_exl3(save: Callable) -> Callable:
 PreTrainedModel.save_pretrained = _saving_exl3(PreTrainedModel.save_pretrained)
 
 
+def _is_exl3(config) -> bool:
+    """Whether `config`, a quantization config or a dict of one, is of EXL3."""
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return method == QuantizationMethod.EXL3
+
+
 @contextlib.contextmanager
 def _config_of_floats(model: PreTrainedModel):
     """
@@ -117,8 +126,7 @@ def _config_of_floats(model: PreTrainedModel):
     one by one, from here on, and where it is a part of a quantized model, meanwhile.
     """
     config = getattr(model.config, "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    if method != QuantizationMethod.EXL3:
+    if not _is_exl3(config):
         yield
     elif getattr(model, "hf_quantizer", None) is not None:
         model.dequantize()
@@ -167,7 +175,7 @@ def _unfinished(folder: str | os.PathLike) -> Iterator[str]:
     """Yields a folder to write to what `folder` is to have, which nobody else writes to and which is gone afterwards."""
 
     def tell():
-        logger.warning(f"Another process or thread is saving to {folder}: waiting for it.")
+        logger.warning(f"Another process or thread is saving to {folder}: waiting for it. {if_none(Path(place))}")
 
     place = os.path.join(folder, UNFINISHED)
     files = os.path.join(place, "files")
@@ -197,9 +205,23 @@ def _garbage_left_alone():
 def _write_tensor_storage(model: PreTrainedModel, folder: str):
     files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
     storage = {"tensor_storage": tensor_storage(files)}
-    with open(os.path.join(folder, "quantization_config.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(folder, TENSOR_STORAGE), "w", encoding="utf-8") as file:
         # With indents, Python's json is written in Python: a second for each 30 000 tensors.
         file.write(json.dumps(model.config.quantization_config.to_dict() | storage))
+
+
+def _remove_tensor_storage(model: PreTrainedModel, call: inspect.BoundArguments):
+    """Remove the map of tensors from the folder where `call`, of `save_pretrained`, has put a float model in the place of an EXL3 one."""
+    call.apply_defaults()
+    arguments = call.arguments
+    path = Path(arguments["save_directory"], TENSOR_STORAGE)
+    is_writer = model.should_save_on_this_rank(arguments["is_main_process"])
+    is_other = arguments["variant"] is not None or getattr(model, "_hf_peft_config_loaded", False)  # stands beside it
+    if not is_writer or is_other or not path.is_file():
+        return
+    with contextlib.suppress(ValueError):  # what cannot be read is of others
+        if _is_exl3(json.loads(path.read_text(encoding="utf-8"))):
+            path.unlink()
 
 
 def _write_names_of_fields(config: PreTrainedConfig, folder: str, published: dict | None):

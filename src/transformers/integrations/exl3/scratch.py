@@ -47,3 +47,8 @@ def scratch(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def if_none(folder: Path) -> str:
+    """What to do where `folder` is taken by nobody: without locks of the system, as on some network drives, a kill leaves the file."""
+    return f"If there is none, remove {folder / LOCK}."

@@ -33,7 +33,7 @@ from ...modeling_utils import str_to_torch_dtype
 RUN_BYTES = 1 << 24  # that are read at a time where many tensors are
 WORKERS = 4  # that read at most
 
-AGAIN = "It is damaged or no EXL3 checkpoint: download or convert it again."
+DAMAGED = "It is damaged, or of another format: download or convert it again."
 
 
 class Exl3CheckpointError(ValueError):
@@ -41,7 +41,7 @@ class Exl3CheckpointError(ValueError):
 
     def __init__(self, problems: list[str], remedy: str):
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        super().__init__("This EXL3 checkpoint cannot be loaded:\n  " + "\n  ".join(shown) + f"\n{remedy}")
+        super().__init__("This checkpoint cannot be loaded:\n  " + "\n  ".join(shown) + f"\n{remedy}")
 
 
 class StoredTensor(NamedTuple):
@@ -84,7 +84,7 @@ def stored_tensors(files: Iterable[str | os.PathLike]) -> Iterator[StoredTensor]
                 kind = entry["dtype"], *entry["shape"]
                 if kind not in alike:
                     if entry["dtype"] not in str_to_torch_dtype:
-                        raise Exl3CheckpointError([f"{path}: {name} has the dtype {entry['dtype']}"], AGAIN)
+                        raise Exl3CheckpointError([f"{path}: {name} has the dtype {entry['dtype']}"], DAMAGED)
                     alike[kind] = torch.empty(entry["shape"], dtype=str_to_torch_dtype[entry["dtype"]], device="meta")
                 start, stop = entry["data_offsets"]
                 yield StoredTensor(path, name, alike[kind], 8 + length + start, stop - start)
@@ -96,7 +96,7 @@ def stored_tensors(files: Iterable[str | os.PathLike]) -> Iterator[StoredTensor]
         ) as error:  # the last two for sizes that torch cannot count
             reason = str(error).partition("\n")[0]
             problem = f"{path}: no whole safetensors file ({reason})"
-            raise Exl3CheckpointError([problem], AGAIN) from error
+            raise Exl3CheckpointError([problem], DAMAGED) from error
 
 
 class Reader:
@@ -122,7 +122,7 @@ class Reader:
         while done < len(buffer):
             count = self._file.readinto(buffer[done:])
             if not count:
-                raise Exl3CheckpointError([f"{path}: ends at byte {start + done}, and did not before"], AGAIN)
+                raise Exl3CheckpointError([f"{path}: ends at byte {start + done}, and did not before"], DAMAGED)
             done += count
 
     def numbers(self, run: list[StoredTensor]) -> torch.Tensor:

@@ -86,10 +86,15 @@ class DequantizedWeight(torch.Tensor):
 
 def _refuse_change(changed: list):
     if any(isinstance(leaf, DequantizedWeight) for leaf in tree_leaves(changed)):
-        raise RuntimeError(
-            "The weight of an Exl3Linear is quantized: it cannot be trained and cannot be changed in place, adapters cannot be merged into it. "
-            "Make the model plain with `model.dequantize()` first."
-        )
+        refuse_change()
+
+
+def refuse_change(*_):
+    """Raises `RuntimeError`."""
+    raise RuntimeError(
+        "The weight of an Exl3Linear is quantized: it cannot be trained, pruned, replaced or changed in place, adapters cannot be merged into "
+        "it. Make the model plain with `model.dequantize()` first."
+    )
 
 
 def _called(func: Callable, args: tuple, kwargs: dict):
