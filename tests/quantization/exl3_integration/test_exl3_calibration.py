@@ -269,6 +269,18 @@ class Exl3CalibrationTest(unittest.TestCase):
         self.assertIs(seen["model.layers.0.self_attn.q_proj"], seen["model.layers.0.self_attn.k_proj"])
         self.assertGreater(seen["lm_head"].drift.norm(), 0.01 * seen["lm_head"].hessian.norm())
 
+    def test_text_goes_on_through_tiles_in_the_order_that_is_read_fastest(self):
+        orders, forward = [], Exl3Linear.forward
+
+        def spying(layer, x):
+            orders.append((layer.trellis.stride(), ops.ordered(layer.trellis).stride()))
+            return forward(layer, x)
+
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(Exl3Linear, "forward", spying):
+            self.quantized("llama", folder)
+        found, fastest = zip(*orders)
+        self.assertEqual(found, fastest)
+
     def test_experts_are_given_the_moments_of_their_rows(self):
         with tempfile.TemporaryDirectory() as folder:
             model, _, _ = self.quantized("mixtral", folder)
@@ -569,6 +581,16 @@ class Exl3TextTest(unittest.TestCase):
     def test_the_model_writes_out_of_all_of_its_vocabulary(self):
         windows = self.windows("self", calibration_rows=1500, calibration_length=2)
         self.assertGreater(len(windows[:, 1].unique()), 90)
+
+    def test_what_a_text_begins_with_is_read(self):
+        """Also where the beginning-of-text token pads: upstream would leave it out."""
+        with mock.patch.object(
+            LlamaForCausalLM, "generate", autospec=True, side_effect=LlamaForCausalLM.generate
+        ) as spy:
+            self.windows("self", calibration_rows=4, calibration_length=2)
+        mask = spy.call_args.kwargs["attention_mask"]
+        torch.testing.assert_close(mask, torch.ones_like(mask), rtol=0, atol=0)
+        self.assertEqual(mask.shape, (4, 1))
 
     def test_the_model_writes_text_that_depends_on_the_seed_alone(self):
         model, _ = tiny_model("llama")

@@ -244,6 +244,7 @@ class Exl3ConvertedTest(unittest.TestCase):
         model = self.assert_loads(checkpoint)
         self.assertIsInstance(model.model.layers[0].linear_attn.v_proj, Exl3Linear)
         again = read_tensors(os.path.join(self.folder, "again"))
+        self.assertEqual(again.keys(), checkpoint.tensors.keys())
         for leaf, tensor in tensors.items():
             torch.testing.assert_close(again[f"{prefix}.in_proj_qkv.{leaf}"], tensor, rtol=0, atol=0)
         layer = model.model.layers[0].linear_attn

@@ -375,6 +375,8 @@ class Exl3LoadingTest(unittest.TestCase):
                 model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
                 self.assertEqual(model.lm_head.weight.shape, head.shape)
                 self.assert_close(self.outputs(model, inputs), expected)
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
+                torch.testing.assert_close(model.lm_head.weight.data, head.bfloat16(), rtol=0, atol=0)
 
     def test_the_base_model_loads_without_the_head(self):
         checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
