@@ -12,7 +12,7 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// The blockwise rotation: `hadamard` of hadamard.py in the same fp32 operations, and rows that are scaled on both sides of
+// The blockwise rotation: `hadamard` of format.py in the same fp32 operations, and rows that are scaled on both sides of
 // it. Before it the choice of a decoder, which everything else needs.
 
 using Decoder = void (*)(const int16_t* tile, int64_t stride, int64_t ahead, int count, int16_t* codes);

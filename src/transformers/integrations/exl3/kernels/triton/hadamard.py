@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The blockwise Hadamard rotation in Triton, with the scales before and after it: `hadamard.py` and what stands around it.
+The blockwise Hadamard rotation in Triton, with the scales before and after it: `hadamard` of format.py and what stands around it.
 
 Activations become *operands*: float16 (the dtype of the decoded weights) whatever the dtype of the activations. A power of
 two, the *scale* of a row or of a block of 128 features, first brings them into its range; that changes no digit. Where
