@@ -86,8 +86,8 @@ def laid_out(rng, tensor):
     return tensor.clone()
 
 
-def damaged(rng, value):
-    """Something that is no longer what `value` was."""
+def damaged(rng, value, largest):
+    """Something that is no longer what `value` was; if it is expanded, to at most `largest` of a dimension."""
     if isinstance(value, str):
         return rng.choice(("mul2", "", "MUL1", "mcg "))
     if isinstance(value, (int, float)):
@@ -110,7 +110,7 @@ def damaged(rng, value):
         return torch.cat([value] * rng.choice((2, 3)), dim)
     if choice == 6 and value.shape[dim]:
         return value.narrow(dim, 0, 1).expand(
-            [-1 if i != dim else rng.choice((1, 7, 128, 1 << 33)) for i in range(value.dim())]
+            [-1 if i != dim else rng.choice((1, 7, 128, largest)) for i in range(value.dim())]
         )
     if choice == 7:
         return value.transpose(0, -1)
@@ -317,7 +317,8 @@ def fuzz(seed: int) -> tuple[str, str]:
         rng.choice([name for name, value in arguments.items() if value is not None]) if rng.random() < 0.5 else None
     )
     if broken:
-        arguments[broken] = damaged(rng, arguments[broken])
+        # Any size can be encoded, and 2**33 rows in days.
+        arguments[broken] = damaged(rng, arguments[broken], 1 if make in (encode, encode_embedding) else 1 << 33)
     kept = [
         value.clone() if isinstance(value, torch.Tensor) and value.numel() < 1 << 24 else value
         for value in arguments.values()
