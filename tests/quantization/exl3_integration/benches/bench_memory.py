@@ -47,7 +47,6 @@ from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaFor
 from transformers.integrations.exl3 import encoding
 from transformers.integrations.exl3.checkpoint import linear_tensors
 from transformers.integrations.exl3.convert import convert
-from transformers.integrations.exl3.kernels import cpu
 
 
 def anonymous() -> int:
@@ -180,7 +179,7 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with (
-        mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF),
+        mock.patch.object(encoding, "search_on", lambda device: lambda tiles, *_: tiles.int() & 0xFFFF),
         tempfile.TemporaryDirectory() as folder,
     ):
         if arguments.convert:

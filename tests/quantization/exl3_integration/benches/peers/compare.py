@@ -55,6 +55,7 @@ from unittest import mock
 import torch
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Exl3Config, logging
+from transformers.integrations.exl3 import encoding
 from transformers.integrations.exl3.kernels import cpu
 
 
@@ -216,7 +217,7 @@ def linears(reference) -> list[str]:
 
 def load(name: str, method: str, folder: Path):
     # A model of random weights only has to have some code.
-    any_code = mock.patch.object(cpu, "search", lambda tiles, *_: tiles.int() & 0xFFFF)
+    any_code = mock.patch.object(encoding, "search_on", lambda device: lambda tiles, *_: tiles.int() & 0xFFFF)
     with any_code if name == "llama" else contextlib.nullcontext():
         return METHODS[method](auto_class(name), folder).eval()
 
