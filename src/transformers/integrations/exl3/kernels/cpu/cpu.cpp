@@ -72,14 +72,21 @@ using FloatBuffer = Buffer<float>;
 void parallel(void (*task)(const void*, float*, int64_t), const void* job, int64_t count, size_t scratch_size,
               int threads) {
   if (threads > count) threads = int(count);
-  std::vector<FloatBuffer> scratch;
-  for (int i = 0; i < threads; ++i) {
-    scratch.emplace_back(scratch_size);
-    std::memset(scratch.back().data, 0, scratch_size * sizeof(float));
+  // Kept from call to call, some MB for each thread: the system would have to give thousands of pages anew each time.
+  thread_local std::vector<FloatBuffer> scratch;
+  thread_local size_t kept_size = 0;
+  if (scratch_size > kept_size) {
+    scratch.clear();
+    kept_size = scratch_size;
   }
+  while (int(scratch.size()) < threads) {
+    scratch.emplace_back(kept_size);
+    std::memset(scratch.back().data, 0, kept_size * sizeof(float));
+  }
+  FloatBuffer* buffers = scratch.data();  // in other threads, `scratch` is another one
   std::atomic<int64_t> next{0};
   for_each_index(threads, threads, [&](int64_t thread) {
-    for (int64_t index; (index = next.fetch_add(1)) < count;) task(job, scratch[thread].data, index);
+    for (int64_t index; (index = next.fetch_add(1)) < count;) task(job, buffers[thread].data, index);
   });
 }
 
