@@ -82,8 +82,8 @@ def configured(make):
     return lambda auto, folder: auto.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=make())
 
 
-def _exl3(bits):
-    return Exl3Config(bits=bits)
+def _exl3(bits, head_bits=None):
+    return Exl3Config(bits=bits, head_bits=head_bits)
 
 
 def _exl3_with_data(bits, is_own):
@@ -152,6 +152,7 @@ def calibrated(method, bits):
 METHODS: dict[str, Callable] = {
     "bf16": plain,
     **{f"EXL3 {bits:g}": configured(functools.partial(_exl3, bits)) for bits in (2, 2.5, 3, 3.5, 4, 5, 6)},
+    "EXL3 4, head 6": configured(functools.partial(_exl3, 4, 6)),
     **{f"EXL3 {bits}, own text": _exl3_with_data(bits, True) for bits in (2, 3, 4)},
     **{f"EXL3 {bits}, data": _exl3_with_data(bits, False) for bits in (2, 3, 4)},
     "bitsandbytes nf4": configured(lambda: _bitsandbytes(load_in_4bit=True)),
@@ -398,6 +399,8 @@ def keep(row: dict, file: Path):
 def skipped(name: str, method: str) -> bool:
     """What a method cannot do, or what is no news: `llama` is for speeds, and that of GPTQ and AWQ is PyTorch's int4."""
     family = method.split()[0]
+    if name != "llama" and method.endswith("head 6"):
+        return True  # it is for speed
     if name == "minilm" and method.endswith("own text"):
         return True  # it writes none
     if name == "llama":
