@@ -55,7 +55,7 @@ bool compute(const Case& one, Bytes (&tensors)[4], Bytes& result) {
   setenv("EXL3_CPU_INPUT_BITS", std::to_string(one.input_bits).c_str(), 1);
   Rows y{result.data(), one.out_features, int32_t(one.dtype)};
   LinearCall call{rows(0, one.in_features, one.dtype), y, rows(2, 0, FLOAT16), rows(3, 0, FLOAT16), {}, trellis,
-                  one.rows, one.in_features, one.out_features};
+                  one.rows, one.in_features, one.out_features, nullptr, 1};
   return exl3_linear(&call, 1, 2) == OK;
 }
 
