@@ -113,7 +113,7 @@ class Exl3Converter(WeightConverter):
         self.targets = targets
 
     def __deepcopy__(self, memo):
-        return Exl3Converter(self.targets, self.operations[0])  # upstream copies it for each target
+        return type(self)(self.targets, self.operations[0])  # upstream copies it for each target
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         target = self.targets.get(source_key)
@@ -131,15 +131,10 @@ class Exl3Converter(WeightConverter):
             )
 
 
-class Exl3OnSaving(WeightConverter):
+class Exl3OnSaving(Exl3Converter):
     """Does nothing on loading, and on saving what an `Exl3Converter` with these arguments does."""
 
-    __slots__ = ("targets",)
-
-    def __init__(self, targets: dict[str, str], operation: ConversionOps):
-        kind = f"exl3 saving {type(operation).__name__}"
-        super().__init__(kind, kind, [operation])
-        self.targets = targets
+    __slots__ = ()
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return source_key, None
