@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 
 import transformers
 from transformers import Exl3Config
+from transformers.integrations.exl3.embeddings import Exl3Embedding
 from transformers.integrations.exl3.modules import Exl3Linear
 
 from . import exllamav3_on_cpu as exllamav3
@@ -44,6 +45,7 @@ from .rows import VOCAB, Row
 
 
 TOLERANCE = 2e-5  # largest difference, of the root mean square
+HALF_TOLERANCE = 8 * 2**-11  # the same of values that are rounded to fp16 and are at most 8 of it
 TWICE = re.compile(
     r"\.attn\.qkv\.(weight|bias)$"
 )  # the converter leaves these of towers beside the parts it quantizes
@@ -222,36 +224,56 @@ class Case:
             scale = weight.float().std().item() or 0.05
             return exllamav3.drawn_codes(layer.trellis.shape, str(seed), scale, layer.codebook)
 
+        config = {"bits": 4, "codebook": self.row.codebook, "embedding_bits": self.row.embedding_bits}
+        if self.row.embedding_bits:
+            config["head_bits"] = 6  # exllamav3 knows no head that is tied to a quantized table
         with mock.patch.object(Exl3Linear, "encoded", encoded):
-            model = self.load("source", quantization_config=Exl3Config(bits=4, codebook=self.row.codebook))
+            model = self.load("source", quantization_config=Exl3Config(**config))
         model.save_pretrained(self.path("quantized"))
         again = self.load("quantized")
         same = difference(again(**_inputs).logits, model(**_inputs).logits) <= TOLERANCE
         self.note("on the fly", "" if same else "loads as another model")
         saved = exllamav3.read_folder(self.path("quantized"))
-        ours = {name.removesuffix(".trellis") for name in saved if name.endswith(".trellis")}
+        ours = {name.removesuffix(".suh") for name in saved if name.endswith(".suh")}
         head = {name for name in self.conversion.of_text if re.search(r"(^|\.)(lm_)?head$", name)}
         others = (ours ^ self.conversion.of_text) - head - self.conversion.left
         listed = {name for name in others if self.row.differs and re.search(self.row.differs, name)}
         self.note(
             "same layers", f"not: {in_short(others - listed)[:8]}" if others - listed else "", listed and self.row.why
         )
-        self.read_back("quantized", ours, self.row.unreadable)
+        tables = self.read_back("quantized", ours, self.row.unreadable)
+        if self.row.embedding_bits:
+            self.note("embeddings", self.hold_table(again.get_input_embeddings(), tables))
 
-    def read_back(self, folder: str, ours: set[str], unreadable: str | None = None):
-        """Whether exllamav3 reads what is saved in `folder`, and the layers `ours` of it as quantized ones."""
+    def hold_table(self, ours: Exl3Embedding, tables: dict[str, torch.Tensor]) -> str:
+        """What is wrong with exllamav3's rows of the one quantized table, which it rounds to fp16."""
+        if not isinstance(ours, Exl3Embedding) or len(tables) != 1:
+            return f"quantized tables: {type(ours).__name__} here, {[*tables]} there"
+        (theirs,) = tables.values()
+        rows = ours(torch.arange(ours.num_embeddings))
+        if rows.shape != theirs.shape:
+            return f"{[*rows.shape]} here, {[*theirs.shape]} there"
+        worst = difference(theirs, rows)
+        return f"differ by {worst:.2g}" if worst > HALF_TOLERANCE else ""
+
+    def read_back(self, folder: str, ours: set[str], unreadable: str | None = None) -> dict[str, torch.Tensor]:
+        """
+        Whether exllamav3 reads what is saved in `folder`, and the layers `ours` of it as quantized ones; its quantized tables
+        of embeddings.
+        """
         what = {"resaved": "read again", "quantized": "exllamav3 reads it"}[folder]
         for name in ("preprocessor_config.json", "processor_config.json"):
             if self.row.processor:
                 os.link(os.path.join(self.path("source"), name), os.path.join(self.path(folder), name))
         try:
-            read, problems = exllamav3.read_back(self.path(folder))
+            read, tables, problems = exllamav3.read_back(self.path(folder))
         except Exception as error:
-            problems, read = [f"{type(error).__name__}: {error}"[:300]], ours
+            problems, read, tables = [f"{type(error).__name__}: {error}"[:300]], ours, {}
         problems += [f"not read as quantized: {in_short(ours - read)[:8]}"] if ours - read else []
         if unreadable:
             problems = [] if problems else ["it does, and the row says that it does not"]
         self.note(what, "; ".join(problems)[:500], unreadable and f"no: {unreadable}")
+        return tables
 
 
 def _same(stored: torch.Tensor, saved: torch.Tensor) -> bool:

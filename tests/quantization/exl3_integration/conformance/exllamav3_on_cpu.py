@@ -46,7 +46,8 @@ from exllamav3.architecture.architectures import ARCHITECTURES  # noqa: E402, F4
 from exllamav3.conversion.allocation import create_q_strategy  # noqa: E402
 from exllamav3.conversion.compile import compile_model  # noqa: E402
 from exllamav3.loader.safetensors import SafetensorsCollection  # noqa: E402
-from exllamav3.modules import Linear  # noqa: E402
+from exllamav3.modules import Embedding, Linear  # noqa: E402
+from exllamav3.modules.embedding import TableEmbedding  # noqa: E402
 from exllamav3.modules.quant import LinearEXL3  # noqa: E402
 
 
@@ -199,9 +200,15 @@ def places(source: str, vision_bits: int | None = None) -> tuple[dict[str, torch
     return found, first
 
 
-def read_back(folder: str) -> tuple[set[str], list[str]]:
-    """Load a checkpoint as exllamav3 does: names of its quantized layers, and what went wrong."""
-    quantized, problems = set(), []
+def read_back(folder: str) -> tuple[set[str], dict[str, torch.Tensor], list[str]]:
+    """
+    Load a checkpoint as exllamav3 does.
+
+    Returns:
+        `tuple`: Names of its quantized layers, by name the tables of embeddings that are quantized, fp16 `[vocab, hidden]` as they
+        are decoded, and what went wrong.
+    """
+    quantized, tables, problems = set(), {}, []
     with torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()):
         config = Config.from_directory(folder)
         for part in {"text", "vision"} & set(config.model_classes):
@@ -214,5 +221,14 @@ def read_back(folder: str) -> tuple[set[str], list[str]]:
                         continue
                     layers = [m for m in module if isinstance(m, Linear) and m.inner is not None]
                     quantized |= {layer.key for layer in layers if layer.quant_type == "exl3"}
+                    for table in (m for m in module if isinstance(m, Embedding)):
+                        if isinstance(table.embedding, TableEmbedding):
+                            tables[table.key] = _decoded(table.embedding)
                     module.unload()
-    return quantized, problems
+    return quantized, tables, problems
+
+
+def _decoded(embedding) -> torch.Tensor:
+    """All rows of a quantized table, without its lookup, which stages rows for a GPU."""
+    rows = embedding.table.stores[0]
+    return embedding.decode(rows, None, len(rows))

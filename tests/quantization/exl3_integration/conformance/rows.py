@@ -102,6 +102,7 @@ class Row:
         kind (`str`, *optional*): The class as Transformers calls it, where that is another name.
         variant (`str`, *optional*): What sets the row apart from others of the same architecture.
         bits (`float`), codebook (`str`): Of exllamav3's converter.
+        embedding_bits (`int`, *optional*): Of the table of embeddings that is quantized on the fly; the converter leaves tables plain.
     """
 
     architecture: str
@@ -120,6 +121,7 @@ class Row:
     variant: str = ""
     bits: float = 4
     codebook: str = "mul1"
+    embedding_bits: int | None = None
     kind: str | None = None
 
     @property

@@ -55,6 +55,15 @@ QWEN_MTP = parts(
 )
 
 ROWS = [
+    # Rings of 256 elements: a row of one that is padded, of one that is full, and of two.
+    variant("LlamaForCausalLM", "embeddings of 5 bits", embedding_bits=5),
+    variant("Qwen3ForCausalLM", "embeddings of 8 bits", fields=text(hidden_size=256, head_dim=32), embedding_bits=8),
+    variant(
+        "Qwen2ForCausalLM",
+        "embeddings of 1 bit, head that was tied",
+        fields=text(hidden_size=320, tie_word_embeddings=True),
+        embedding_bits=1,
+    ),
     variant("LlamaForCausalLM", "codebook mcg", codebook="mcg"),
     variant("LlamaForCausalLM", "codebook 3inst", codebook="3inst"),
     variant("LlamaForCausalLM", "2.5 bits", bits=2.5),
