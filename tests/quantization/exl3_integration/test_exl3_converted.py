@@ -274,6 +274,12 @@ class Exl3ConvertedTest(unittest.TestCase):
         [
             # Upstream saves its dense layers under the name that only its mixtures have in files.
             ("kimi_linear", lambda name: name.replace("layers.0.block_sparse_moe", "layers.0.mlp"), "mlp"),
+            # The same without the prefix of the base model.
+            (
+                "kimi_linear",
+                lambda name: name.replace("layers.0.block_sparse_moe", "layers.0.mlp").removeprefix("model."),
+                "mlp",
+            ),
             # Upstream saves it with a prefix that files do not have, and norms by the wrong one of two names.
             ("deepseek_v4", lambda name: name.removeprefix("model.").replace("attn.norm", "attn.kv_norm"), "wo_b"),
         ]
