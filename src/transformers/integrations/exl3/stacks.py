@@ -15,7 +15,7 @@
 Stacks of experts between a model and files, where each expert has tensors of its own.
 
 Upstream goes through all tensors of a checkpoint in many steps of Python for each. It is shown one tensor of each stack, which
-tells device and dtype; what the stack holds is read from the files straight into its place. Saving splits the stacks.
+tells the device; what the stack holds is read from the files straight into its place. Saving splits the stacks.
 """
 
 from concurrent.futures import Future
@@ -165,7 +165,7 @@ class Exl3Stacks(WeightConverter):
             empty = ops.new_trellis if is_ordered and first.device.type == "cpu" else torch.empty
             stack = empty(placeholder.shape, dtype=stored[0].meta.dtype, device=torch.device("cpu"))
             read_stack(stored, stack)
-            return {layer_name: stack.to(first.device, first.dtype)}
+            return {layer_name: stack.to(first.device)}
 
     def reverse_transform(self) -> "Exl3Unstack":
         return Exl3Unstack(self.names)
