@@ -42,6 +42,7 @@ from transformers.integrations.exl3.scratch import scratch
 from transformers.testing_utils import require_accelerate, require_torch, slow
 
 from .synthetic import read_tensors, save_quantized
+from .test_exl3_calibration import word_tokenizer
 from .test_exl3_faults import forked, in_a_process, kill_at
 from .tiny_models import tiny_model
 
@@ -236,6 +237,17 @@ class Exl3ConvertTest(unittest.TestCase):
         found = digests(self.output)
         self.assertIsNotNone(found.pop("README.md"))
         self.assertEqual(found, digests(expected))
+
+    def test_a_tokenizer_is_known_by_what_it_makes_of_the_texts(self):
+        """In one folder, and an object: its name tells nothing."""
+        texts, found = ["w3 w4", "w5"], []
+        for name, begins in ((self.source, "[BOS]"), (self.source, None), (None, None)):
+            tokenizer = word_tokenizer(begins)
+            if name is not None:
+                tokenizer.save_pretrained(name)
+            found.append(converting._settings(small_config(dataset=texts, tokenizer=name or tokenizer))["tokenizer"])
+        self.assertNotEqual(found[0], found[1])
+        self.assertEqual(found[1], found[2])
 
     def test_only_what_is_missing_is_quantized(self):
         self.unfinished(layers=3)

@@ -50,6 +50,7 @@ from .conversion import PART, Conversion, LayerFiles, fingerprints, versions
 from .embeddings import Exl3Embedding
 from .experts import Exl3StackedLinear
 from .modules import Exl3Linear
+from .text import tokenized
 
 
 logger = logging.get_logger(__name__)
@@ -156,13 +157,17 @@ def _size(files: list[Path]) -> int:
 
 
 def _settings(config: Exl3Config) -> dict:
-    """What `config` says, as a file can hold it: of data a digest."""
+    """What `config` says, as a file can hold it: of data a digest, of a tokenizer one of what it makes of the data."""
     settings = {name: getattr(config, name) for name in Exl3Config._arguments()}
-    if isinstance(config.dataset, (list, tuple)):
-        settings["dataset"] = hashlib.sha256(json.dumps(config.dataset).encode()).hexdigest()[:16]
     if config.tokenizer is not None:
-        settings["tokenizer"] = getattr(config.tokenizer, "name_or_path", config.tokenizer)
+        settings["tokenizer"] = _digest(tokenized(config.tokenizer, config.dataset))
+    if isinstance(config.dataset, (list, tuple)):
+        settings["dataset"] = _digest(config.dataset)
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _digest(data: list | tuple) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
 def _check_size(size: int | str):

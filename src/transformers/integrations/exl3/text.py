@@ -43,7 +43,7 @@ def windows_of(model: nn.Module, config) -> torch.Tensor:
     if config.dataset == "self":
         return _written(model, config.calibration_rows, length, config.calibration_seed)
     if isinstance(config.dataset[0], str):
-        before, ids, after = _tokenized(_tokenizer(model, config.tokenizer), config.dataset)
+        before, ids, after = tokenized(config.tokenizer or model.config.name_or_path, config.dataset)
         step = min(length - len(before) - len(after), len(ids))
         rows = [[*before, *piece, *after] for piece in _pieces(ids, step)]
     else:
@@ -77,31 +77,30 @@ def _pieces(ids: list[int], length: int) -> list[list[int]]:
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)] if length > 0 else []
 
 
-def _tokenizer(model: nn.Module, tokenizer):
+def _tokenizer(tokenizer):
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
-    if tokenizer is not None and not isinstance(tokenizer, str):
+    if not isinstance(tokenizer, str):
         if not callable(tokenizer):
             raise TypeError(f"`tokenizer` of Exl3Config has to be a tokenizer, or the name of one, got {tokenizer!r}")
         return tokenizer
     from ...models.auto import AutoTokenizer
 
-    name = tokenizer or model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:
         raise ValueError(
-            f"`dataset` of Exl3Config is text, and there is no tokenizer at {name!r}: pass one as `tokenizer`, or token ids as `dataset`."
+            f"`dataset` of Exl3Config is text, and there is no tokenizer at {tokenizer!r}: pass one as `tokenizer`, or token ids as `dataset`."
         ) from error
 
 
-def _tokenized(tokenizer, texts: list[str]) -> tuple[list[int], list[int], list[int]]:
-    """What a window begins with, the tokens of all texts in a row, and what a window ends with."""
-    encoded = tokenizer(texts, return_special_tokens_mask=True)
+def tokenized(tokenizer, texts: list[str]) -> tuple[list[int], list[int], list[int]]:
+    """What a window begins with, the tokens of all texts in a row, and what a window ends with. A tokenizer may be given by name."""
+    encoded = _tokenizer(tokenizer)(texts, return_special_tokens_mask=True)
     before, tokens, after = [], [], []
     for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"]):
         start = next((place for place, is_special in enumerate(mask) if not is_special), len(mask))
         stop = next((place for place in range(len(mask), start, -1) if not mask[place - 1]), start)
-        if start < stop and not tokens:
+        if start < stop:
             before, after = ids[:start], ids[stop:]
         tokens += ids[start:stop]
     return before, tokens, after
