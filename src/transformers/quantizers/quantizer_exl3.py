@@ -241,14 +241,13 @@ class Exl3HfQuantizer(HfQuantizer):
     def param_element_size(self, model: "PreTrainedModel", param_name: str, param: "torch.Tensor") -> float:
         module, name = get_module_from_name(model, param_name)
         is_placeholder = name in getattr(module, "pending", ()) and name not in module.stored
-        return 0 if is_placeholder and not self.waits_for_data(module, name) else param.element_size()
+        return 0 if is_placeholder and not self.waits_for_data(module) else param.element_size()
 
-    def waits_for_data(self, module: "torch.nn.Module", name: str) -> bool:
-        """Whether the parameter `name` of the plain module that `module` stands for is quantized when its inputs arrive."""
+    def waits_for_data(self, module: "torch.nn.Module") -> bool:
+        """Whether the plain module that `module` stands for is quantized when its inputs arrive."""
         from ..integrations.exl3.embeddings import Exl3Embedding
 
-        is_weight = not isinstance(module, Exl3Embedding) and not name.endswith("bias")
-        return is_weight and self.quantization_config.dataset is not None
+        return not isinstance(module, Exl3Embedding) and self.quantization_config.dataset is not None
 
     def get_quantize_ops(self):
         from ..integrations.exl3.quantizing import Exl3Quantize

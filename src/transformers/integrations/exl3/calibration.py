@@ -66,7 +66,7 @@ def calibrate(model: nn.Module, paths: list[str], config, progress: Progress, pl
     """
     modules = {path: model.get_submodule(path) for path in paths}
     for path, module in modules.items():
-        put(model, path, module.with_plain(_plain_parameters(model, path, module)))
+        put(model, path, module.with_plain(late_parameters(model, path, module)))
     ids = windows_of(model, config)
     if plan.leaves_choice:
         head = model.get_output_embeddings()
@@ -113,19 +113,6 @@ def _arguments(model: nn.Module, ids: torch.Tensor) -> dict:
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
     return arguments
-
-
-@torch.no_grad()
-def _plain_parameters(model: nn.Module, path: str, module: Exl3Module) -> dict[str, torch.Tensor]:
-    """The parameters of the plain module: those that wait, the same memory, and those that came before."""
-    values = late_parameters(model, path, module)
-    for name, parameter in module.plain.named_parameters(recurse=False):
-        if name not in values:
-            some = next(iter(values.values()))
-            values[name] = torch.zeros(parameter.shape, dtype=some.dtype, device=some.device)
-            for layer, leaf, view in module.plain_views(name, values[name]):
-                view.copy_(module.layer(layer).dequantized(leaf))
-    return values
 
 
 class _Pass:

@@ -66,7 +66,7 @@ class Exl3Quantize(ConversionOps):
         for path, parameter in waiting:
             module = model.get_submodule(path)
             # A head that is not quantized, and no longer tied to what is; or what is quantized when its inputs arrive.
-            if not isinstance(module, Exl3Module) or quantizer.waits_for_data(module, parameter):
+            if not isinstance(module, Exl3Module) or quantizer.waits_for_data(module):
                 result[f"{path}.{parameter}"] = value
                 continue
             gathered = _gathered(
