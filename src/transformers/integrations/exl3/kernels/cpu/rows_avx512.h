@@ -23,7 +23,7 @@
 //     vpbroadcastd                        the pair of inputs of a row,
 //     vpdpwssd, vpdpwssd                  times the codes of 32 columns.
 
-constexpr int GROUP = 8;            // rows of the input: 12, which have registers for their sums, too, are no faster
+constexpr int GROUP = 8;            // rows of the input: 12, or 6 of 64 columns, have registers for their sums, too, and are no faster
 constexpr int SHARING = 32;         // groups that share the decoding
 constexpr int COLUMNS = 2;          // of tiles, that they take at a time
 constexpr int ROW_INPUTS = TILE;    // of a tile
