@@ -297,6 +297,18 @@ class Exl3ModulesTest(unittest.TestCase):
         getattr(module, "0").expert_up = nn.Linear(128, own.down_proj.shape[-1])
         self.assertGreater(error(module(x, index, weights), expected), 1e-3)
 
+    @parameterized.expand(["gate", "up", "down"])
+    def test_a_bias_of_experts_has_gradients_when_it_alone_does(self, role):
+        own, module = self.experts("gpt_oss")
+        bias = getattr(module, f"stacked_{role}").get_submodule("0").bias
+        bias.requires_grad_()
+        inputs = torch.randn(1, 128), torch.tensor([[0, 1]]), torch.rand(1, 2)
+        y = module(*inputs)
+        y.sum().backward()
+        self.assertEqual((bias.grad.abs().sum(1) > 0).nonzero().flatten().tolist(), [0, 1])
+        with torch.no_grad():
+            torch.testing.assert_close(module(*inputs), y.detach(), rtol=0, atol=0)
+
     def test_whatever_watches_sees_the_operator_of_experts(self):
         projection = Exl3Projection(128, 128, [random_linear(128, 128, seed=seed)[0] for seed in range(3)])
         x, ranges = torch.randn(4, 128), torch.tensor([[0, 1], [1, 1], [1, 4]])

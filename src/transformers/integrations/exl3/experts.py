@@ -70,18 +70,22 @@ class Exl3StackedLinear(Exl3Module):
 
     def ranges_of(self, ranges: torch.Tensor) -> torch.Tensor:
         """Those of the experts in this stack."""
-        if len(self.members) == len(ranges):
+        if len(self.members) == ranges.shape[0]:
             return ranges
         is_here = self._numbers.device == ranges.device  # and not where the weights are offloaded to
         return ranges[self._numbers if is_here else torch.tensor(self.members, device=ranges.device)]
 
     def packed(self):
-        """What the kernel takes for this stack, None where it is not to be used."""
+        """What the kernel takes for this stack, None where it is not to be used: something is hooked to it, or it has gradients."""
         own = self._parameters
         if "suh" not in own or "svh" not in own or not is_unhooked(self):
             return None
-        tensors = own["trellis"], own["suh"], own["svh"], own["bias"]
-        return self._packed(*tensors, self.codebook, self.in_features, self.out_features)
+        bias = own["bias"]
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return None
+        return self._packed(
+            own["trellis"], own["suh"], own["svh"], bias, self.codebook, self.in_features, self.out_features
+        )
 
     def place_numbers(self):
         """Have the numbers of the members on this module's device: a CUDA graph cannot copy them there."""
@@ -182,7 +186,7 @@ class Exl3Projection(nn.Module):
 
     def packed(self) -> list | None:
         """The stacks, each with what the kernel takes for it. None where they are not all to be used like that."""
-        found = [(stack, stack.packed()) for stack in self.children()]
+        found = [(stack, stack.packed()) for stack in self._modules.values()]
         return found if is_unhooked(self) and all(packed for _, packed in found) else None
 
     def forward(self, x: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
@@ -310,21 +314,21 @@ class Exl3Experts(Exl3Module):
         What `forward` returns, on a CPU in a few calls of its kernel. None where something is to see operators or modules, or where
         matrix products are faster.
         """
-        is_direct = ops.is_direct(x, top_k_weights, *(stack.bias for _, stack in self.stacks()))
-        if not is_direct or len(self._modules) > len(self.roles):
+        if not ops.is_direct(x, top_k_weights) or len(self._modules) > len(self.roles):
             return None
         packed = {role: self._modules[f"stacked_{role}"].packed() for role in self.roles}
         if not all(packed.values()):
             return None
         kernels = grouped.compiled()
         order, ranges, routed = kernels.route(top_k_index.reshape(-1).long(), self.num_experts)
+        rows = order.shape[0]
         few = ops.most_rows(x)
         if routed > few and (ranges[:, 1] - ranges[:, 0]).max() > few:
             return None
 
         def multiply(roles, x, sharing=1):
-            y = x.new_empty(len(order), len(roles), packed[roles[0]][0][1].out_features)
-            if routed < len(order):
+            y = x.new_empty(rows, len(roles), packed[roles[0]][0][1].out_features)
+            if routed < rows:
                 y[order[routed:]] = 0  # of no expert
             products = [
                 (stack, own.ranges_of(ranges), y[:, index])

@@ -275,7 +275,7 @@ def grouped_linear(
     """
     rows, into = x.shape[0] * sharing, x.shape[1]
     at = 0 if places is None else _numbers(places)
-    if not (sharing == 1 if places is None else len(places) == rows):
+    if not (sharing == 1 if places is None else places.shape == (rows,)):
         found = None if places is None else _describe(places)
         raise ValueError(f"{sharing} rows of products for each of x {_describe(x)} do not fit places {found}")
     operand, calls = _rows(x), []
@@ -306,9 +306,10 @@ def route(numbers: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tens
         `tuple(torch.Tensor, torch.Tensor, int)`: int64 `[rows]`, the rows of each expert in order and then those of none; int64
         `[experts, 2]`, where among them those of each expert begin and end; how many are of an expert.
     """
-    order, ranges = torch.empty(len(numbers), dtype=torch.int64), torch.empty(experts, 2, dtype=torch.int64)
+    rows = numbers.shape[0]
+    order, ranges = torch.empty(rows, dtype=torch.int64), torch.empty(experts, 2, dtype=torch.int64)
     tensors = order.data_ptr(), ranges.data_ptr()
-    return order, ranges, _library.exl3_route(_numbers(numbers), len(numbers), experts, *tensors)
+    return order, ranges, _library.exl3_route(_numbers(numbers), rows, experts, *tensors)
 
 
 def mix(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -325,7 +326,7 @@ def mix(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         ValueError: For tensors of other sizes, dtypes, layouts or devices.
     """
     tokens, count = weights.shape
-    if len(x) != tokens * count:
+    if x.shape[0] != tokens * count:
         raise ValueError(f"rows of {_describe(x)} are not those of weights {_describe(weights)}")
     y = x.new_empty(tokens, x.shape[1])
     call = _MIX_CALL.pack(*_rows(x), *_rows(y), *_rows(weights), tokens, count, x.shape[1])
@@ -447,8 +448,8 @@ def _rows(tensor):
     """A tensor for the library: rows of numbers, contiguous each and evenly spaced."""
     if tensor is None:
         return _NO_ROWS
-    is_contiguous = tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1
-    if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES or not is_contiguous:
+    is_contiguous = tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or tensor.numel() == 0
+    if not tensor.is_cpu or tensor.dtype not in _DTYPES or not is_contiguous:
         raise ValueError(
             f"the EXL3 kernels take contiguous rows of float32, float16 or bfloat16 on the CPU: {_describe(tensor)}"
         )
