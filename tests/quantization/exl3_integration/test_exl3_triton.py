@@ -63,7 +63,14 @@ if triton:
 @require_triton
 @require_interpreter_that_runs
 class Exl3TritonProcessTest(unittest.TestCase):
-    @parameterized.expand([("products", "product"), ("all_else", "not product")])
+    @parameterized.expand(
+        [
+            ("products", "product"),
+            ("experts", "experts and not product"),
+            ("search", "search and not product and not experts"),
+            ("all_else", "not product and not experts and not search"),
+        ]
+    )
     @unittest.skipIf(INTERPRETED, "this is that process")
     def test_kernels_under_the_interpreter(self, name, some):
         """Runs `Exl3TritonInterpreterTest` in processes where Triton interprets, which may run side by side."""
