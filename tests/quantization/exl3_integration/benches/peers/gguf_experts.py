@@ -86,22 +86,12 @@ def values(shape: tuple[int, ...], kind: str, random: np.random.Generator) -> np
 
 def write(config: Qwen3MoeConfig, kind: str, file: Path):
     """Write the model, of which one tensor at a time is in memory."""
-    writer = gguf.GGUFWriter(file, "qwen3moe")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer = gguf_peer.writer_of(file, "qwen3moe", config)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
     tensors = [*layout(config, kind)]
     for name, shape, of_kind in tensors:
         of_kind = gguf.GGMLQuantizationType[of_kind]

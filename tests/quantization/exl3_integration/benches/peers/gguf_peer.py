@@ -35,6 +35,22 @@ KINDS = ("Q2_K", "Q3_K", "IQ3_S", "Q4_0", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 SEQUENCES = 8  # that the cache has room for
 
 
+def writer_of(file: Path, architecture: str, config: PreTrainedConfig) -> gguf.GGUFWriter:
+    """A writer of `file` that has been told what all architectures have in common; there is no tokenizer."""
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    return writer
+
+
 class Opened:
     """
     A GGUF file of a model with this config, in llama.cpp with as many threads as PyTorch. It takes the calls that benchmarks make to a
@@ -119,18 +135,8 @@ class LlamaCpp(Opened):
 
     def _write(self, model, quantized: set[str]):
         config = self.config
-        writer = gguf.GGUFWriter(self._file, "llama")
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer = writer_of(self._file, "llama", config)
         writer.add_rope_dimension_count(config.head_dim)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_tokenizer_model("none")
         names = self._names()
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
