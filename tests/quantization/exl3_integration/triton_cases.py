@@ -15,6 +15,7 @@
 
 import os
 import unittest
+from dataclasses import replace
 
 import numpy
 import torch
@@ -45,6 +46,25 @@ require_interpreter_that_runs = unittest.skipIf(
 )
 require_interpreter = unittest.skipUnless(triton and INTERPRETED, "needs Triton's interpreter, TRITON_INTERPRET=1")
 require_compiler = unittest.skipIf(triton is None or INTERPRETED, "needs Triton's compiler")
+
+
+def interpret_faster():
+    """
+    Leave out what takes most of the time of Triton's interpreter and changes nothing: computing integers in 64 bits once more, for a
+    check that only its option `debug` makes, and looking through `triton.language` again at each call of a function.
+    """
+    from triton.runtime import interpreter
+
+    builder, known = interpreter.interpreter_builder, set()
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    def call(function, *args, **kwargs):
+        if function.fn.__module__ not in known:
+            known.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def all_codes():
