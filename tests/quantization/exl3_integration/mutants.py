@@ -21,7 +21,6 @@ config.json says beside sizes, and whether it says that the model is quantized a
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -36,6 +35,7 @@ from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM, log
 from transformers.integrations.exl3 import format
 from transformers.integrations.exl3.saving import tensor_storage
 
+from .processes import copies
 from .synthetic import SyntheticCheckpoint
 from .tiny_models import MODELS, tiny_model
 
@@ -642,7 +642,7 @@ class Loader:
     """A process that loads mutants. What it dies of, and what takes it too long, is an outcome as well."""
 
     def __enter__(self):
-        context = multiprocessing.get_context("spawn")
+        context = copies()
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other,), daemon=True)
         self.process.start()

@@ -41,9 +41,9 @@ from transformers.integrations.exl3.convert import convert
 from transformers.integrations.exl3.scratch import scratch
 from transformers.testing_utils import require_accelerate, require_torch, slow
 
+from .processes import forked, in_a_process, kill_at
 from .synthetic import read_tensors, save_quantized
 from .test_exl3_calibration import word_tokenizer
-from .test_exl3_faults import forked, in_a_process, kill_at
 from .tiny_models import tiny_model
 
 

@@ -16,7 +16,6 @@
 import ctypes
 import itertools
 import mmap
-import multiprocessing
 import os
 import sys
 import threading
@@ -37,6 +36,7 @@ if is_torch_available():
     from transformers.integrations.exl3.kernels import cpu
     from transformers.integrations.exl3.kernels.cpu import reference
 
+    from .processes import in_a_process
     from .synthetic import random_linear
 
 
@@ -477,10 +477,7 @@ def use_guarded_memory():
 @unittest.skipUnless(sys.platform == "linux", "guards memory with mprotect")
 class Exl3GuardedMemoryTest(KernelTest):
     def test_nothing_beyond_the_tensors_is_touched(self):
-        process = multiprocessing.get_context("spawn").Process(target=use_guarded_memory)
-        process.start()
-        process.join()
-        self.assertEqual(process.exitcode, 0)
+        in_a_process(self, (use_guarded_memory,))
 
 
 @require_torch

@@ -11,17 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Tensor, expert and data parallelism: two processes compute, differentiate, generate and save what one does.
-
-This file is also what the processes run: `torchrun --nproc-per-node 2 test_exl3_distributed.py FOLDER...`.
-"""
+"""Tensor, expert and data parallelism: two processes compute, differentiate, generate and save what one does."""
 
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -49,8 +43,16 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import separate_experts
-from transformers.testing_utils import require_accelerate, require_peft, require_torch
+from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module
+from transformers.integrations.exl3.parallel import adapt_expert_plan, adapt_tensor_plan
+from transformers.integrations.exl3.quantizing import dequantize_modules
+from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
+from transformers.testing_utils import get_torch_dist_unique_port, require_accelerate, require_peft, require_torch
 from transformers.utils import is_peft_available
+
+from .processes import copies
+from .synthetic import SyntheticCheckpoint, random_linear, read_tensors, stacked
+from .tiny_models import tiny_inputs, tiny_model
 
 
 if is_peft_available():
@@ -111,8 +113,11 @@ REFUSES_ADAPTERS = {
 }
 
 
-def work(folder, tasks):
+def work(rank, port, folder, tasks):
     """What each process does, for every checkpoint and way: load its part, write the results and the checkpoint."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    ranks |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}  # as torchrun sets them
+    os.environ |= {name: str(value) for name, value in ranks.items()}
     torch.set_num_threads(1)
     for name, way in tasks:
         model = load(os.path.join(folder, name), **WAYS[way])
@@ -203,20 +208,6 @@ def trained_adapters(folder, ranks):
         trainer.train()
         assert isinstance(trainer.model_wrapped, DistributedDataParallel) == (ranks > 1)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], json.loads(sys.argv[2]))
-    sys.exit()
-
-
-from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module  # noqa: E402
-from transformers.integrations.exl3.parallel import adapt_expert_plan, adapt_tensor_plan  # noqa: E402
-from transformers.integrations.exl3.quantizing import dequantize_modules  # noqa: E402
-from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer  # noqa: E402
-
-from .synthetic import SyntheticCheckpoint, random_linear, read_tensors, stacked  # noqa: E402
-from .tiny_models import tiny_inputs, tiny_model  # noqa: E402
 
 
 def llama():
@@ -310,11 +301,13 @@ class Exl3DistributedTest(unittest.TestCase):
                 checkpoint.dense if is_float else checkpoint.tensors,
                 quantized=not is_float,
             )
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-        command += ["--rdzv-endpoint=localhost:0", __file__, cls.folder, json.dumps(NAMES)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise AssertionError(f"{done.stdout}\n{done.stderr}")
+        copies()
+        arguments = get_torch_dist_unique_port(), cls.folder, NAMES
+        ranks = torch.multiprocessing.start_processes(work, arguments, 2, join=False, start_method="forkserver")
+        if not any(ranks.join(150) for _ in range(2)):  # the first to end, and the other one
+            for process in ranks.processes:
+                process.kill()
+            raise AssertionError("the processes wait for each other")
 
     def of_one_process(self, name, dequantize):
         """The results of one process, and the folder of the checkpoint that it writes."""

@@ -21,14 +21,13 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 import unittest
 from pathlib import Path
 from unittest.mock import patch
 
 from parameterized import parameterized
 
-from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM, logging
+from transformers import AutoModelForCausalLM, Exl3Config, LlamaConfig, LlamaForCausalLM
 from transformers.testing_utils import require_accelerate, require_torch, slow
 from transformers.utils import is_torch_available
 
@@ -38,6 +37,7 @@ if is_torch_available():
 
     from transformers.integrations.exl3 import encoding
 
+    from .processes import forked, in_a_process, kill_at
     from .synthetic import SyntheticCheckpoint, read_tensors, save_quantized
     from .tiny_models import tiny_inputs, tiny_model
 
@@ -60,54 +60,6 @@ def checkpoint_of(bits):
     checkpoint = SyntheticCheckpoint(tiny_model("llama")[0])
     checkpoint.quantize_all(bits=bits)
     return checkpoint
-
-
-def call_all(calls):
-    """Call functions with their arguments, in a process that is to be forked: no threads, no progress bars that share a lock."""
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    for function, *arguments in calls:
-        function(*arguments)
-
-
-def in_a_process(test, *calls):
-    """Make `calls` in a process of its own, and have `test` fail where that fails."""
-    process = multiprocessing.get_context("spawn").Process(target=call_all, args=(calls,))
-    process.start()
-    process.join(300)
-    process.kill()
-    test.assertEqual(process.exitcode, 0)
-
-
-def forked(work):
-    """What a copy of this process, which has one thread, exits with after `work`."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 3
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def kill_at(moment, folder):
-    """End this process at the change number `moment` of a file in `folder`, before it is made."""
-    changes = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-    left = moment
-
-    def hook(event, arguments):
-        nonlocal left
-        if event in changes and str(arguments[0]).startswith(folder):
-            if event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                left -= 1
-                if left < 0:
-                    os._exit(9)
-
-    sys.addaudithook(hook)
 
 
 def write_old(kind, folder):
