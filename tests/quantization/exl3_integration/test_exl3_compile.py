@@ -68,9 +68,19 @@ class Exl3CompileTest(unittest.TestCase):
         self.assertTrue(model.hf_quantizer.is_compileable)
         return model, tiny_inputs(name)
 
-    @parameterized.expand(["llama", "gemma3_text", "gpt2", "bert", "t5", "phi3", "gemma3", "mixtral", "gpt_oss"])
-    @torch.no_grad()
+    @parameterized.expand(
+        ["llama", "gpt2", "phi3", "mixtral", "gpt_oss"]
+    )  # each has another module in place of its own
     def test_whole_models_are_one_graph(self, name):
+        self.check_one_graph(name)
+
+    @parameterized.expand(["gemma3_text", "bert", "t5", "gemma3"])
+    @slow
+    def test_more_models_are_one_graph(self, name):
+        self.check_one_graph(name)
+
+    @torch.no_grad()
+    def check_one_graph(self, name):
         model, inputs = self.load(name)
         expected = model(**inputs)[0]
         compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -103,7 +113,7 @@ class Exl3CompileTest(unittest.TestCase):
 
     @torch.no_grad()
     def test_other_shapes_compile_nothing_anew(self):
-        model, _ = self.load("llama")
+        model, _ = self.load("qwen2")
         backend, graphs = counting_backend()
         compiled = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
         counts = []
@@ -115,7 +125,7 @@ class Exl3CompileTest(unittest.TestCase):
 
     def test_generating_compiles_once(self):
         """As `generate` does by itself on accelerators: the prompt runs as it is, each further token through one graph."""
-        model, inputs = self.load("llama")
+        model, inputs = self.load("qwen2")
         inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"]), "do_sample": False}
         expected = model.generate(**inputs, max_new_tokens=12)
         backend, graphs = counting_backend()
@@ -128,12 +138,12 @@ class Exl3CompileTest(unittest.TestCase):
 
     @torch.no_grad()
     def test_exports(self):
-        model, _ = self.load("llama")
+        model, _ = self.load("qwen2")
         shapes = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=128)}
         inputs = {"input_ids": torch.randint(3, 90, (3, 7)), "use_cache": False}
         program = export(model, (), inputs, strict=False, dynamic_shapes={"input_ids": shapes, "use_cache": None})
         operators = [node.target for node in program.graph.nodes if node.target is torch.ops.exl3.linear.default]
-        self.assertEqual(len(operators), 14)
+        self.assertEqual(len(operators), 7)
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
@@ -158,14 +168,14 @@ class Exl3CompileTest(unittest.TestCase):
 
     @require_peft
     def test_training_steps_are_one_graph(self):
-        model, inputs = self.load("llama")
+        model, inputs = self.load("qwen2")
         config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False)
         model, gradients = get_peft_model(model, config), []
         for step in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
             step(**inputs, labels=inputs["input_ids"]).loss.backward()
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
             model.zero_grad()
-        self.assertEqual(len(gradients[0]), 2 * 2 * 2)
+        self.assertEqual(len(gradients[0]), 2 * 2)
         for name, gradient in gradients[0].items():
             self.assertLess(error(gradients[1][name], gradient), 1e-5, name)
 
