@@ -23,14 +23,14 @@ from torch._dynamo import lookup_backend
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from transformers import CompileConfig, Exl3Config, Qwen3MoeConfig
+from transformers import CompileConfig, Qwen3MoeConfig
 from transformers.integrations.exl3.experts import Exl3Experts
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import require_accelerate, require_peft, require_torch, slow
 from transformers.utils import is_peft_available
 
 from .synthetic import SyntheticCheckpoint, random_linear
-from .tiny_models import MODELS, tiny_inputs, tiny_model
+from .tiny_models import MODELS, quick_config, tiny_inputs, tiny_model
 
 
 if is_peft_available():
@@ -64,7 +64,7 @@ class Exl3CompileTest(unittest.TestCase):
         model, auto_class = tiny_model(name)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            model = auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=2))
+            model = auto_class.from_pretrained(folder, quantization_config=quick_config(bits=2))
         self.assertTrue(model.hf_quantizer.is_compileable)
         return model, tiny_inputs(name)
 

@@ -52,7 +52,7 @@ from transformers.utils import is_peft_available
 
 from .processes import copies
 from .synthetic import SyntheticCheckpoint, random_linear, read_tensors, stacked
-from .tiny_models import tiny_inputs, tiny_model
+from .tiny_models import quick_config, tiny_inputs, tiny_model
 
 
 if is_peft_available():
@@ -404,7 +404,7 @@ class Exl3DataParallelTest(unittest.TestCase):
         source, auto_class = tiny_model(name)
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
-            model = auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=1, **options))
+            model = auto_class.from_pretrained(folder, quantization_config=quick_config(bits=1, **options))
         before = {name: value.clone() for name, value in model.state_dict().items()}
         inputs = tiny_inputs(name)
         expected = model(**inputs).logits

@@ -33,7 +33,7 @@ from transformers.quantizers.quantizer_exl3 import Exl3HfQuantizer
 from transformers.testing_utils import require_accelerate, require_torch
 
 from .synthetic import read_tensors
-from .tiny_models import MODELS, tiny_inputs, tiny_model
+from .tiny_models import MODELS, quick_config, tiny_inputs, tiny_model
 
 
 # Experts, parts of fused projections, tied embeddings, Conv1D, encoder and decoder.
@@ -86,7 +86,7 @@ class Exl3PlacementTest(unittest.TestCase):
             for folder in folders:
                 self.addClassCleanup(folder.cleanup)
             tiny_model(name)[0].save_pretrained(folders[0].name)
-            self.load(name, folders[0].name, quantization_config=Exl3Config(bits=2)).save_pretrained(folders[1].name)
+            self.load(name, folders[0].name, quantization_config=quick_config(bits=2)).save_pretrained(folders[1].name)
             self.folders[name] = [folder.name for folder in folders]
         return self.folders[name]
 
@@ -96,7 +96,7 @@ class Exl3PlacementTest(unittest.TestCase):
     def both_ways(self, name, **kwargs):
         """The quantized model, loaded from its checkpoint and made from the float one."""
         yield self.load(name, **kwargs)
-        yield self.load(name, self.sources(name)[0], quantization_config=Exl3Config(bits=2), **kwargs)
+        yield self.load(name, self.sources(name)[0], quantization_config=quick_config(bits=2), **kwargs)
 
     def assert_saves(self, model, name):
         """`model` writes the quantized checkpoint."""
@@ -129,7 +129,7 @@ class Exl3PlacementTest(unittest.TestCase):
     def test_sizes_are_estimated_right(self, name):
         """What decides where modules go are the sizes of the quantized ones, whether they are there already or not."""
         for quantized in (True, False):
-            kwargs = {} if quantized else {"quantization_config": Exl3Config(bits=2)}
+            kwargs = {} if quantized else {"quantization_config": quick_config(bits=2)}
             with recorded_sizes() as sizes:
                 model = self.load(name, self.sources(name)[quantized], **kwargs)
             modules = {path: module for path, module in model.named_modules() if path}

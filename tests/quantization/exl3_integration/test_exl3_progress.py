@@ -23,12 +23,12 @@ import torch
 from parameterized import parameterized
 from torch.testing import assert_close
 
-from transformers import AutoModelForCausalLM, Exl3Config, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.integrations.exl3 import encoding, ops, progress
 from transformers.integrations.exl3.modules import Exl3Linear
 from transformers.testing_utils import require_accelerate, require_torch
 
-from .tiny_models import tiny_model
+from .tiny_models import quick_config, tiny_model
 
 
 @require_torch
@@ -43,7 +43,7 @@ class Exl3ProgressTest(unittest.TestCase):
 
     def test_a_progress_bar_counts_weights(self):
         with contextlib.redirect_stderr(io.StringIO()) as stream:
-            quantized = AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=Exl3Config(bits=1))
+            quantized = AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=quick_config(bits=1))
         line = [part for part in stream.getvalue().split("\r") if "Quantizing to EXL3" in part][-1]
         layers = [module for module in quantized.modules() if isinstance(module, Exl3Linear)]
         total = sum(layer.in_features * layer.out_features for layer in layers)
@@ -63,7 +63,9 @@ class Exl3ProgressTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as other, contextlib.redirect_stderr(io.StringIO()) as stream:
             model.save_pretrained(other)
             with self.assertRaises(error):
-                AutoModelForCausalLM.from_pretrained(other, quantization_config=Exl3Config(bits=1), device_map=device)
+                AutoModelForCausalLM.from_pretrained(
+                    other, quantization_config=quick_config(bits=1), device_map=device
+                )
         *shown, after = stream.getvalue().split("Quantizing to EXL3")
         self.assertEqual(bool(shown), device == "cpu")
         if shown:
@@ -92,7 +94,7 @@ class Exl3ProgressTest(unittest.TestCase):
                 patch.object(progress, "REFERENCE_WEIGHTS", 10**5),
                 self.assertRaisesRegex(RuntimeError, message),
             ):
-                AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=Exl3Config(bits=1))
+                AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=quick_config(bits=1))
             for device in ("cpu", "mps"):
                 with patch.object(progress, "_seconds_per_weight", return_value=1.0):
                     with self.assertRaisesRegex(RuntimeError, f"on {device} would take about 12 days"):

@@ -45,7 +45,7 @@ from transformers.testing_utils import require_accelerate, require_torch
 from transformers.utils import logging
 
 from .synthetic import read_tensors
-from .tiny_models import MODELS, ONE_LAYER, tiny_inputs, tiny_model
+from .tiny_models import MODELS, ONE_LAYER, quick_config, tiny_inputs, tiny_model
 
 
 # Exl3Linear, Exl3SplitLinear, Exl3Experts, and nn.Linear or Conv1D that are left, of each model quantized by default.
@@ -107,7 +107,7 @@ class Exl3QuantizingTest(unittest.TestCase):
 
     def quantize(self, name, config=None, **kwargs):
         folder, model, auto_class = self.source(name)
-        config = config or Exl3Config(bits=8)
+        config = config or quick_config(bits=8)
         return auto_class.from_pretrained(
             folder, quantization_config=config, **{"dtype": torch.float32, **kwargs}
         ), model
@@ -204,7 +204,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         ]
     )
     def test_files_have_the_names_that_converters_use(self, name, *modules):
-        quantized, _ = self.quantize(name, Exl3Config(bits=1))
+        quantized, _ = self.quantize(name, quick_config(bits=1))
         with tempfile.TemporaryDirectory() as folder:
             quantized.save_pretrained(folder)
             names = read_tensors(folder)
@@ -216,7 +216,7 @@ class Exl3QuantizingTest(unittest.TestCase):
     @parameterized.expand([("v_proj", ["self_attn.v_proj"]), ("all_but_one", ["q_proj", "v_proj", "o_proj", "mlp"])])
     def test_parts_of_what_files_have_fused_are_saved_one_by_one(self, _, skip):
         """Of a fused projection that this architecture splits on loading, some parts are quantized and some are not."""
-        quantized, _ = self.quantize("nomic_bert", Exl3Config(bits=2, modules_to_not_convert=skip))
+        quantized, _ = self.quantize("nomic_bert", quick_config(bits=2, modules_to_not_convert=skip))
         result = outputs(quantized, "nomic_bert")
         with tempfile.TemporaryDirectory() as folder:
             quantized.save_pretrained(folder)
@@ -252,7 +252,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertTrue(any(not torch.equal(tensor, states[1][name]) for name, tensor in states[0].items()))
 
     def test_a_tied_head_that_is_quantized_is_untied(self):
-        quantized, model = self.quantize("llama_tied", Exl3Config(bits=6, head_bits=8))
+        quantized, model = self.quantize("llama_tied", quick_config(bits=6, head_bits=8))
         self.assertEqual((quantized.lm_head.bits, quantized.config.tie_word_embeddings), (8, False))
         self.assertIs(type(quantized.model.embed_tokens), nn.Embedding)
         torch.testing.assert_close(
@@ -271,7 +271,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertLess(error(outputs(plain, "llama_tied"), result), 1e-5)
 
     def test_a_tied_head_of_a_nested_model_is_untied(self):
-        quantized, model = self.quantize("gemma3", Exl3Config(bits=6, head_bits=8))
+        quantized, model = self.quantize("gemma3", quick_config(bits=6, head_bits=8))
         self.assertTrue(model.config.tie_word_embeddings)
         self.assertIsInstance(quantized.lm_head, Exl3Linear)
         result = outputs(quantized, "gemma3")
@@ -285,9 +285,9 @@ class Exl3QuantizingTest(unittest.TestCase):
         torch.testing.assert_close(outputs(loaded, "gemma3"), result, rtol=0, atol=0)
 
     def test_an_untied_head_by_its_bits(self):
-        quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=6))
+        quantized, _ = self.quantize("llama", quick_config(bits=2, head_bits=6))
         self.assertEqual((quantized.lm_head.bits, quantized.model.layers[0].mlp.up_proj.bits), (6, 2))
-        quantized, _ = self.quantize("llama", Exl3Config(bits=2, head_bits=16))
+        quantized, _ = self.quantize("llama", quick_config(bits=2, head_bits=16))
         self.assertIs(type(quantized.lm_head), nn.Linear)
 
     @parameterized.expand(
@@ -307,7 +307,8 @@ class Exl3QuantizingTest(unittest.TestCase):
     )
     def test_embeddings(self, name, head_bits, *kinds):
         """Quantized, saved, loaded and dequantized embeddings, and what becomes of the head."""
-        quantized, model = self.quantize(name, Exl3Config(bits=8, head_bits=head_bits, embedding_bits=8))
+        config = {"head_bits": head_bits, "embedding_bits": 8, "modules_to_not_convert": [r".*\.\d\."]}  # layers
+        quantized, model = self.quantize(name, quick_config(bits=8, **config))
         found = (type(quantized.get_input_embeddings()), type(quantized.get_output_embeddings()))
         self.assertEqual(found, kinds)
         result = outputs(quantized, name)
@@ -354,13 +355,13 @@ class Exl3QuantizingTest(unittest.TestCase):
     )
     def test_embeddings_that_cannot_be_quantized_are_an_error(self, name, message):
         with self.assertRaisesRegex(ValueError, f"`embedding_bits` is set.*{message}"):
-            self.quantize(name, Exl3Config(bits=1, embedding_bits=4))
+            self.quantize(name, quick_config(bits=1, embedding_bits=4))
 
     @parameterized.expand(["llama_tied", "gemma3_text"])
     def test_a_head_that_stays_tied_to_quantized_embeddings(self, name):
         """It has their weight, is not saved, and becomes a plain layer with them; whatever casts the model casts it."""
         with self.assertLogs("transformers", "INFO"):
-            quantized, model = self.quantize(name, Exl3Config(bits=8, embedding_bits=6), dtype=torch.bfloat16)
+            quantized, model = self.quantize(name, quick_config(bits=8, embedding_bits=6), dtype=torch.bfloat16)
         table = quantized.get_input_embeddings().dequantized("weight")
         torch.testing.assert_close(quantized.lm_head.weight, table.bfloat16(), rtol=0, atol=0)
         self.assertLess(error(table, model.lm_head.weight), 0.02)
@@ -399,12 +400,12 @@ class Exl3QuantizingTest(unittest.TestCase):
             torch.testing.assert_close(other.get_input_embeddings().weight, other.lm_head.weight, rtol=0, atol=0)
 
     def test_a_config_may_be_used_again(self):
-        config = Exl3Config(bits=1, embedding_bits=1)
+        config = quick_config(bits=1, embedding_bits=1)
         for name in ("llama_tied", "llama"):
             self.quantize(name, config)
 
     def test_embeddings_to_be_quantized_and_left_are_an_error(self):
-        config = Exl3Config(bits=1, embedding_bits=4, modules_to_not_convert=["embed_tokens"])
+        config = quick_config(bits=1, embedding_bits=4, modules_to_not_convert=["embed_tokens"])
         with self.assertRaisesRegex(
             ValueError, "`embedding_bits` of 4 asks for model.embed_tokens to be quantized, and"
         ):
@@ -413,10 +414,10 @@ class Exl3QuantizingTest(unittest.TestCase):
     @parameterized.expand([(1.5, "mcg"), (2.5, "3inst")])
     def test_half_a_bit_for_the_head_needs_its_codebook(self, bits, codebook):
         with self.assertRaisesRegex(ValueError, f"`head_bits` of {bits} needs the codebook `mul1`"):
-            self.quantize("llama", Exl3Config(bits=2, head_bits=bits, codebook=codebook))
+            self.quantize("llama", quick_config(bits=2, head_bits=bits, codebook=codebook))
 
     def test_a_push_to_the_hub_comes_after_the_last_file(self):
-        quantized, _ = self.quantize("bert", Exl3Config(bits=1))
+        quantized, _ = self.quantize("bert", quick_config(bits=1))
         with tempfile.TemporaryDirectory() as folder:
 
             def push(repo_id, **kwargs):
@@ -435,7 +436,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         model = AutoModelForCausalLM.from_config(LagunaConfig(**ONE_LAYER, **sizes, head_dim=32)).eval()
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as quantized:
             model.save_pretrained(folder)
-            config = Exl3Config(bits=6)
+            config = quick_config(bits=6)
             result = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
             result.save_pretrained(quantized)
             loaded = AutoModelForCausalLM.from_pretrained(quantized)
@@ -453,7 +454,7 @@ class Exl3QuantizingTest(unittest.TestCase):
 
     def test_names_and_patterns_of_modules_that_stay(self):
         skip = ["down_proj", r"model.layers.0.self_attn", r"layers.*.mlp.up_proj"]
-        quantized, model = self.quantize("llama", Exl3Config(bits=2, modules_to_not_convert=skip))
+        quantized, model = self.quantize("llama", quick_config(bits=2, modules_to_not_convert=skip))
         left = {name for name, module in quantized.named_modules() if type(module) is nn.Linear}
         attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
         mlp = {f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("up", "down")}
@@ -500,7 +501,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         self.assertEqual(quantized.model.layers[0].self_attn.q_proj.codebook, "mul1")
 
     def test_names_of_modules_that_stay_anyway_are_none(self):
-        quantized, _ = self.quantize("llama", Exl3Config(bits=1, modules_to_not_convert=["lm_head", "embed_tokens"]))
+        quantized, _ = self.quantize("llama", quick_config(bits=1, modules_to_not_convert=["lm_head", "embed_tokens"]))
         self.assertIs(type(quantized.lm_head), nn.Linear)
 
     def test_a_head_that_is_to_be_quantized_and_to_stay(self):
@@ -509,7 +510,7 @@ class Exl3QuantizingTest(unittest.TestCase):
 
     @parameterized.expand([1.25, 2.25, 3.3, 4.5, 6.7])
     def test_fractional_bits_meet_the_average(self, bits):
-        quantized, _ = self.quantize("llama", Exl3Config(bits=bits))
+        quantized, _ = self.quantize("llama", quick_config(bits=bits))
         layers = [module for module in quantized.modules() if isinstance(module, Exl3Linear)]
         weights = [layer.in_features * layer.out_features for layer in layers]
         average = sum(layer.bits * weight for layer, weight in zip(layers, weights)) / sum(weights)
@@ -521,7 +522,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         """Layers that overrides name have those rates, the others the average; both come back from a checkpoint."""
         overrides = {"*.down_proj": 6, "model.layers.1.self_attn.*": 5, "*.1.self_attn.q_proj": 16}
         with self.assertLogs("transformers", "INFO") as logs:
-            quantized, model = self.quantize("llama", Exl3Config(bits=2.25, overrides=overrides))
+            quantized, model = self.quantize("llama", quick_config(bits=2.25, overrides=overrides))
         layers = {name: module.bits for name, module in quantized.named_modules() if isinstance(module, Exl3Linear)}
         for name, bits in layers.items():
             if name.endswith("down_proj"):
@@ -559,7 +560,7 @@ class Exl3QuantizingTest(unittest.TestCase):
     )
     def test_overrides_of_parts(self, name, overrides, expected):
         """Parts of fused projections, and projections of all experts of a layer, by the names that files have for them."""
-        quantized, _ = self.quantize(name, Exl3Config(bits=2, overrides=overrides))
+        quantized, _ = self.quantize(name, quick_config(bits=2, overrides=overrides))
         separate_experts(quantized)
         for part, bits in expected.items():
             ending = (part, f"{part}_proj", f"expert_{part}")
@@ -580,7 +581,7 @@ class Exl3QuantizingTest(unittest.TestCase):
     )
     def test_overrides_that_cannot_be_followed_are_errors(self, name, overrides, message):
         skip = ["mlp.up_proj"] if name == "llama" else None
-        config = Exl3Config(bits=2, overrides=overrides, modules_to_not_convert=skip)
+        config = quick_config(bits=2, overrides=overrides, modules_to_not_convert=skip)
         with self.assertRaisesRegex(ValueError, message):
             self.quantize(name, config)
 
@@ -648,7 +649,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other)
             with self.assertRaisesRegex(ValueError, "model.layers.0.self_attn.v_proj.bias cannot be stored"):
-                auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
+                auto_class.from_pretrained(other, quantization_config=quick_config(bits=1))
 
     @parameterized.expand(
         [
@@ -663,7 +664,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             shutil.copytree(folder, other, dirs_exist_ok=True)
             tensors = read_tensors(other) | {f"{path}.weight": torch.zeros(shape)}
             save_file(tensors, os.path.join(other, "model.safetensors"), metadata={"format": "pt"})
-            config = Exl3Config(bits=1, embedding_bits=1 if "embed" in path else None)
+            config = quick_config(bits=1, embedding_bits=1 if "embed" in path else None)
             message = f"{path}.weight has the shape {[*shape]}, the model's is {[*expected]}"
             with self.assertRaisesRegex(ValueError, re.escape(message)):
                 auto_class.from_pretrained(other, quantization_config=config)
@@ -672,7 +673,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         folder, _, auto_class = self.source("llama")
         with mock.patch.object(Exl3Linear, "encoded", side_effect=ValueError("no")) as encoded:
             with self.assertRaisesRegex(ValueError, "no. Download"):
-                auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=1))
+                auto_class.from_pretrained(folder, quantization_config=quick_config(bits=1))
         self.assertEqual(encoded.call_count, 1)
 
     def test_the_first_error_is_told_where_layers_are_offloaded(self):
@@ -682,7 +683,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as other, self.assertRaisesRegex(ValueError, "no. Download"):
             with mock.patch.object(Exl3Linear, "encoded", side_effect=ValueError("no")):
                 auto_class.from_pretrained(
-                    folder, quantization_config=Exl3Config(bits=1), device_map=places, offload_folder=other
+                    folder, quantization_config=quick_config(bits=1), device_map=places, offload_folder=other
                 )
 
     @parameterized.expand(
@@ -699,7 +700,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other)
             with self.assertRaisesRegex(ValueError, f"{message} cannot be quantized(.*)modules_to_not_convert"):
-                auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
+                auto_class.from_pretrained(other, quantization_config=quick_config(bits=1))
 
     def test_float_weights_that_are_cut_short_are_an_error_that_names_the_file(self):
         folder, _, auto_class = self.source("llama")
@@ -710,7 +711,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             with self.assertRaisesRegex(
                 ValueError, f"This checkpoint cannot be loaded:\n  {file}: no whole safetensors"
             ) as caught:
-                auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=1))
+                auto_class.from_pretrained(other, quantization_config=quick_config(bits=1))
         self.assertNotIn("EXL3", str(caught.exception))
 
     def test_experts_that_the_checkpoint_has_but_in_part_stay_plain(self):
@@ -719,7 +720,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         state = {name: value for name, value in model.state_dict().items() if not name.endswith("gate_up_proj")}
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other, state_dict=state)
-            quantized = auto_class.from_pretrained(other, quantization_config=Exl3Config(bits=8))
+            quantized = auto_class.from_pretrained(other, quantization_config=quick_config(bits=8))
         experts, expected = (m.model.layers[0].mlp.experts for m in (quantized, model))
         self.assertIs(type(experts), type(expected))
         error_of_coding = error(experts.down_proj.detach(), expected.down_proj.detach())
@@ -733,7 +734,7 @@ class Exl3QuantizingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as other:
             model.save_pretrained(other, state_dict=state)
             quantized, info = auto_class.from_pretrained(
-                other, quantization_config=Exl3Config(bits=4), output_loading_info=True
+                other, quantization_config=quick_config(bits=4), output_loading_info=True
             )
         self.assertIn("model.layers.1.mlp.up_proj.weight", info["missing_keys"])
         layer = quantized.model.layers[1].mlp.up_proj
@@ -756,7 +757,7 @@ class Exl3QuantizingTest(unittest.TestCase):
             model.model.layers[1].self_attn.q_proj.weight.mul_(1e-40)  # denormal
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(bits=8))
+            quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quick_config(bits=8))
         layers = quantized.model.layers
         torch.testing.assert_close(layers[0].mlp.up_proj.weight, torch.zeros(37, 72), rtol=0, atol=0)
         self.assertLess(error(layers[0].mlp.gate_proj.weight, torch.full((37, 72), 0.5)), 0.1)
@@ -771,20 +772,20 @@ class Exl3QuantizingTest(unittest.TestCase):
             warnings.simplefilter("ignore")  # PyTorch: initialising nothing
             model = LlamaForCausalLM(config)
             model.save_pretrained(folder)
-            quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Exl3Config(bits=8))
+            quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quick_config(bits=8))
         self.assertIs(type(quantized.model.layers[0].mlp.up_proj), nn.Linear)
         self.assertEqual(count(quantized)[0], 2 * 4)
         self.assertLess(error(outputs(quantized, "llama"), outputs(model, "llama")), 0.05)
 
     def test_on_the_fly_with_a_device_map(self):
         folder, _, auto_class = self.source("llama")
-        expected = outputs(self.quantize("llama", Exl3Config(bits=2))[0], "llama")
+        expected = outputs(self.quantize("llama", quick_config(bits=2))[0], "llama")
         device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
         device_map |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
         for placed in ("auto", device_map):
             with tempfile.TemporaryDirectory() as offload:
                 model = auto_class.from_pretrained(
-                    folder, quantization_config=Exl3Config(bits=2), device_map=placed, offload_folder=offload
+                    folder, quantization_config=quick_config(bits=2), device_map=placed, offload_folder=offload
                 )
                 torch.testing.assert_close(outputs(model, "llama"), expected, rtol=0, atol=0)
                 del model

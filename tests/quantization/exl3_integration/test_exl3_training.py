@@ -24,7 +24,7 @@ import torch
 from parameterized import parameterized
 from torch.nn.utils import prune
 
-from transformers import AutoModelForCausalLM, Exl3Config, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import peft as upstreams_peft
 from transformers.integrations.exl3 import ops, separate_experts
 from transformers.integrations.exl3.experts import Exl3Experts
@@ -34,7 +34,7 @@ from transformers.testing_utils import require_accelerate, require_peft, require
 from transformers.utils import is_peft_available
 
 from .synthetic import read_tensors, save_quantized
-from .tiny_models import tiny_inputs, tiny_model
+from .tiny_models import quick_config, tiny_inputs, tiny_model
 
 
 if is_peft_available():
@@ -159,7 +159,7 @@ class Exl3TrainingTest(unittest.TestCase):
         source, auto_class = tiny_model(name)
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
-            model = auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=2))
+            model = auto_class.from_pretrained(folder, quantization_config=quick_config(bits=2))
         inputs, gradients = tiny_inputs(name), []
         config = LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
         separate_experts(model)
@@ -186,7 +186,7 @@ class Exl3TrainingTest(unittest.TestCase):
         source, auto_class = tiny_model("phi3")
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
-            model = auto_class.from_pretrained(folder, quantization_config=Exl3Config(bits=1))
+            model = auto_class.from_pretrained(folder, quantization_config=quick_config(bits=1))
         with self.assertRaisesRegex(
             ValueError, r"Target module Exl3SplitLinear\((.|\n)*q_proj(.|\n)*is not supported"
         ):

@@ -120,7 +120,7 @@ def selected(names: list[str], paths: list[str], candidates: list[str]) -> set[s
         try:
             chosen = {path for path in candidates if not should_convert_module(path, [name])}
             chosen = chosen or {path for path in candidates if _has(path, name)}
-            if not chosen and not any(_has(path, name) or path.endswith(name) for path in paths):
+            if not chosen and all(should_convert_module(path, [name]) and not _has(path, name) for path in paths):
                 problems.append(f"`{name}` is the name of no module{_nearest(name, paths)}")
         except re.error as error:
             problems.append(f"`{name}` is not a regular expression: {error}")
