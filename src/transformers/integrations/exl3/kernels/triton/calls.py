@@ -21,14 +21,14 @@ from ... import format
 from ... import search as trellis_search
 from .. import DTYPES, check_devices
 from . import dequantize as dequantizing
-from . import linear as kernels
+from . import linear as multiplying
 from . import search as searching
 from . import target
 
 
 def has_grouped_linear(device: torch.device) -> bool:
     """Whether `device`, on which the kernels work, has the matrix instructions that `grouped_linear` needs."""
-    return bool(kernels.row_tiles(target.target_of(device)))
+    return bool(multiplying.row_tiles(target.target_of(device)))
 
 
 def linear(
@@ -53,7 +53,7 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     with target.on(x.device):
-        y = kernels.linear(
+        y = multiplying.linear(
             rows,
             trellis,
             suh.contiguous(),
@@ -94,7 +94,7 @@ def grouped_linear(
     )
     ranges = ranges.to(torch.int32).contiguous()
     with target.on(x.device):
-        kernels.grouped_linear(x, ranges, trellis, *scales, codebook, y, target.target_of(x.device))
+        multiplying.grouped_linear(x, ranges, trellis, *scales, codebook, y, target.target_of(x.device))
     return y
 
 
