@@ -47,6 +47,7 @@ from .test_exl3_calibration import word_tokenizer
 from .tiny_models import tiny_model
 
 
+TEXT = " ".join(f"w{number}" for number in range(3, 67))
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]  # of `small_model` that are quantized here
 
 
@@ -217,11 +218,14 @@ class Exl3ConvertTest(unittest.TestCase):
     def test_a_kill_at_any_moment_loses_at_most_a_layer_and_the_result_is_the_same(self):
         in_a_process(self, (kill_at_moments, self.folder, 1))
 
-    @parameterized.expand([("self", "self"), ("ids", [[*range(3, 67)]]), ("mixture", [[*range(3, 67)]])])
+    @parameterized.expand([("self", "self"), ("texts", [TEXT]), ("mixture", [[*range(3, 67)]])])
     def test_with_data_the_result_is_the_same_after_a_stop(self, name, dataset):
         model, auto_class = tiny_model("qwen3_moe" if name == "mixture" else "llama_tied")
         model.save_pretrained(self.source)
         arguments = {"bits": 2, "effort": "fast", "dataset": dataset, "calibration_rows": 2, "calibration_length": 32}
+        tokenizer, asked = word_tokenizer(), []
+        if name == "texts":
+            arguments["tokenizer"] = lambda *args, **kwargs: asked.append(args) or tokenizer(*args, **kwargs)
         expected = os.path.join(self.folder, "expected")
         with counted() as done:
             model = auto_class.from_pretrained(self.source, dtype="auto", quantization_config=Exl3Config(**arguments))
@@ -229,11 +233,12 @@ class Exl3ConvertTest(unittest.TestCase):
         for stops in (3, 2):
             with stopping_after(stops):
                 self.assertRaises(KeyboardInterrupt, convert, self.source, self.output, Exl3Config(**arguments), True)
-        other = Exl3Config(**{**arguments, "dataset": [[1, 2, 3]]})
+        other = Exl3Config(**{**arguments, "dataset": ["w3"] if name == "texts" else [[1, 2, 3]]})
         self.assertRaisesRegex(ValueError, "dataset was .* and is now", convert, self.source, self.output, other, True)
         with counted() as rest, patch.object(calibration, "sensitivities") as measure:
             convert(self.source, self.output, Exl3Config(**arguments), resume=True)
         self.assertEqual((len(rest), measure.call_count), (len(done) - 5, 0))
+        self.assertEqual(len(asked), 5 if name == "texts" else 0)  # once each time
         found = digests(self.output)
         self.assertIsNotNone(found.pop("README.md"))
         self.assertEqual(found, digests(expected))

@@ -18,6 +18,7 @@ It is loading with a quantization config and saving, no second way of quantizing
 are done, which memory does not hold and a kill does not take, and that what belongs to a model beside its weights comes along.
 """
 
+import copy
 import gc
 import hashlib
 import json
@@ -50,7 +51,7 @@ from .conversion import PART, Conversion, LayerFiles, fingerprints, versions
 from .embeddings import Exl3Embedding
 from .experts import Exl3StackedLinear
 from .modules import Exl3Linear
-from .text import tokenized
+from .text import load_tokenizer, tokenized
 
 
 logger = logging.get_logger(__name__)
@@ -124,6 +125,10 @@ def convert(
         weights = _weight_files(folder)
         told = fingerprints([folder / CONFIG_NAME, *_files_beside(folder), *weights], folder)
     before = _size(weights)
+    if config.tokenizer is not None:  # what it makes of the texts is compared and read: it is asked once
+        encoded = load_tokenizer(config.tokenizer)(config.dataset, return_special_tokens_mask=True)
+        config = copy.copy(config)
+        config.tokenizer = lambda *_, **__: encoded
     settings = {**_settings(config), **versions(), **told}
     if base_model is None and not Path(source).exists():
         base_model = source
@@ -137,9 +142,9 @@ def convert(
         beside = conversion.folder / "beside"
         shutil.rmtree(beside, ignore_errors=True)
         for file in _files_beside(folder):
-            copy = beside / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            target = beside / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         _model_card(folder, output.resolve().name, model_class, config, base_model).save(beside / README)
         with finished.kept_as(LayerFiles(conversion.work / "layers", device)):
             model = model_class.from_pretrained(folder, dtype="auto", quantization_config=config)

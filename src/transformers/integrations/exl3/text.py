@@ -13,6 +13,8 @@
 # limitations under the License.
 """The tokens that a model is calibrated with: of texts, as they are given, or of text that the model writes itself."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -77,7 +79,8 @@ def _pieces(ids: list[int], length: int) -> list[list[int]]:
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)] if length > 0 else []
 
 
-def _tokenizer(tokenizer):
+def load_tokenizer(tokenizer) -> Callable:
+    """`tokenizer` itself, or the one of that name or folder."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     if not isinstance(tokenizer, str):
         if not callable(tokenizer):
@@ -95,7 +98,7 @@ def _tokenizer(tokenizer):
 
 def tokenized(tokenizer, texts: list[str]) -> tuple[list[int], list[int], list[int]]:
     """What a window begins with, the tokens of all texts in a row, and what a window ends with. A tokenizer may be given by name."""
-    encoded = _tokenizer(tokenizer)(texts, return_special_tokens_mask=True)
+    encoded = load_tokenizer(tokenizer)(texts, return_special_tokens_mask=True)
     before, tokens, after = [], [], []
     for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"]):
         start = next((place for place, is_special in enumerate(mask) if not is_special), len(mask))
