@@ -30,6 +30,7 @@ these are missing plain torch, which defines what they all compute.
 
 import sys
 
+import numpy as np
 import torch
 
 from . import format
@@ -108,9 +109,12 @@ def ordered(trellis: torch.Tensor) -> torch.Tensor:
     values stay, any order is computed with, and what is saved is contiguous again. Among several processes the order is
     left alone, since FSDP shards contiguous parameters only.
     """
-    if not _goes_down_columns(trellis.device):
+    source = trellis.detach().transpose(-3, -2)
+    if not _goes_down_columns(trellis.device) or source.is_contiguous():
         return trellis
-    return trellis.transpose(-3, -2).contiguous().transpose(-3, -2)
+    columns = torch.empty(source.shape, dtype=source.dtype)
+    np.copyto(columns.numpy(), source.numpy())  # torch's threads would wait in a loop after it, longer than it takes
+    return columns.transpose(-3, -2)
 
 
 def _goes_down_columns(device: torch.device) -> bool:

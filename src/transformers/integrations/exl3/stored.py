@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from ...modeling_utils import str_to_torch_dtype
 
 
-RUN_BYTES = 1 << 24  # that are read at a time where many tensors are
+RUN_BYTES = 1 << 16  # that are read at a time where many tensors are: few enough for torch to take one thread
 WORKERS = 4  # that read at most
 
 DAMAGED = "It is damaged, or of another format: download or convert it again."
@@ -88,12 +88,8 @@ def stored_tensors(files: Iterable[str | os.PathLike]) -> Iterator[StoredTensor]
                     alike[kind] = torch.empty(entry["shape"], dtype=str_to_torch_dtype[entry["dtype"]], device="meta")
                 start, stop = entry["data_offsets"]
                 yield StoredTensor(path, name, alike[kind], 8 + length + start, stop - start)
-        except (
-            SafetensorError,
-            OSError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # the last two for sizes that torch cannot count
+        # The last two are for sizes that torch cannot count.
+        except (SafetensorError, OSError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             problem = f"{path}: no whole safetensors file ({reason})"
             raise Exl3CheckpointError([problem], DAMAGED) from error
