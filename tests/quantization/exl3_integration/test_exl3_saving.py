@@ -102,13 +102,15 @@ class Exl3SavingTest(unittest.TestCase):
             self.assertEqual(read_tensors(folder).keys(), read_tensors(self.folder).keys())
             self.assertIn("quantization_config.json", os.listdir(folder))
 
-    def test_no_garbage_is_collected_meanwhile(self):
+    def test_no_garbage_is_collected_meanwhile_and_torch_takes_one_thread(self):
         """And afterwards as before, whether the model was saved or not."""
         self.addCleanup(gc.enable)
-        model, enabled = self.load(), []
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(2)
+        model, found = self.load(), []
 
         def write(*_):
-            enabled.append(gc.isenabled())
+            found.append((gc.isenabled(), torch.get_num_threads()))
             raise RuntimeError("a full disk")
 
         with tempfile.TemporaryDirectory() as folder:
@@ -118,10 +120,10 @@ class Exl3SavingTest(unittest.TestCase):
                 with patch.object(saving, "_write_tensor_storage", write):
                     with self.assertRaisesRegex(RuntimeError, "a full disk"):
                         model.save_pretrained(folder)
-                self.assertEqual(gc.isenabled(), was_enabled)
+                self.assertEqual((gc.isenabled(), torch.get_num_threads()), (was_enabled, 2))
             model.save_pretrained(folder)
-        self.assertTrue(gc.isenabled())
-        self.assertEqual(enabled, [False, False])
+        self.assertEqual((gc.isenabled(), torch.get_num_threads()), (True, 2))
+        self.assertEqual(found, [(False, 1), (False, 1)])
 
     def test_a_variant_stands_beside_the_weights_that_are_there(self):
         model = self.load()

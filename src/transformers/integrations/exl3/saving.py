@@ -153,7 +153,7 @@ def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
     with _unfinished(folder) if is_writer else contextlib.nullcontext(folder) as arguments["save_directory"]:
         model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
         try:
-            with _garbage_left_alone():
+            with _for_many_tensors():
                 with _logging_paths(arguments["save_directory"], os.fspath(folder)):
                     save(*call.args, **call.kwargs)
                 if is_writer:
@@ -188,16 +188,18 @@ def _unfinished(folder: str | os.PathLike) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _garbage_left_alone():
+def _for_many_tensors():
     """
-    Have Python collect no garbage meanwhile. Tens of thousands of tensors are as many objects and more, for which it would go
-    through all objects of the process again and again: half of the time that saving many experts takes.
+    Have Python collect no garbage meanwhile, for which it would go through tens of thousands of tensors again and again, and torch copy
+    in this thread alone: others wait in a loop after each copy, longer than it takes.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, threads = gc.isenabled(), torch.get_num_threads()
     gc.disable()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         if was_enabled:
             gc.enable()
 
