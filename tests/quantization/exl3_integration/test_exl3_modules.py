@@ -81,7 +81,7 @@ class Exl3ModulesTest(unittest.TestCase):
         if not cpu.is_available():
             self.skipTest("the compiled kernels are missing")
         module, _ = make(200, 130)
-        expected = lambda x: ops.linear(x, module.codes, *module.scales, module.bias, module.codebook, 130)  # noqa: E731
+        expected = lambda x: ops.linear(x, module.codes, *module.scales, module.stored_bias, module.codebook, 130)  # noqa: E731
         for x in (
             torch.randn(1, 200),
             torch.randn(2, 3, 200).bfloat16(),
@@ -98,7 +98,7 @@ class Exl3ModulesTest(unittest.TestCase):
         torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
         module.suh = nn.Parameter(others.suh.data.float(), requires_grad=False)
         torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
-        module.bias.data.add_(1)
+        module.stored_bias.data.add_(1)
         torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
         torch.testing.assert_close(copy.deepcopy(module)(x), expected(x), rtol=0, atol=0)
         torch.testing.assert_close(pickle.loads(pickle.dumps(module))(x), expected(x), rtol=0, atol=0)
@@ -399,6 +399,20 @@ class Exl3ModulesTest(unittest.TestCase):
         module, _ = make(128, 128)
         with self.assertRaisesRegex(RuntimeError, "pruned, replaced or changed in place"):
             module.weight = nn.Parameter(torch.zeros(128, 128))
+
+    def test_the_bias_is_read_as_it_goes_with_the_weight(self):
+        module, _ = make(128, 130)
+        x = torch.randn(3, 128)
+        self.assertLess(error(nn.functional.linear(x, module.weight, module.bias), module(x)), 1e-5)
+        module.bfloat16()
+        self.assertEqual((module.bias.dtype, module.bias.shape), (torch.bfloat16, (130,)))
+        with self.assertRaisesRegex(RuntimeError, "changed in place"):
+            module.bias.data.add_(1)
+        module.bias.requires_grad = True
+        (module.bias.float() * torch.arange(130)).sum().backward()
+        torch.testing.assert_close(module.bias.grad[:130], torch.arange(130).half())
+        self.assertIs(module.bias.grad, module.get_parameter("stored_bias").grad)
+        self.assertIs(module.half()._parameters["bias"].dtype, torch.float16)
 
     def test_representation_tells_bits_and_codebook(self):
         module, _ = make(128, 130, bits=2.5)

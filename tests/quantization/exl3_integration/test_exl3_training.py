@@ -294,6 +294,20 @@ class Exl3TrainingTest(unittest.TestCase):
             ):
                 model.merge_adapter(safe_merge=safe)
 
+    @require_peft
+    def test_dora_on_layers_with_biases_and_padding(self):
+        model, auto_class = tiny_model("qwen2")
+        with tempfile.TemporaryDirectory() as folder:
+            save_quantized(model, folder, match="k_proj")
+            model = auto_class.from_pretrained(folder)
+        ids = tiny_inputs("qwen2")["input_ids"]
+        expected = model(ids).logits
+        peft_model = get_peft_model(model, LoraConfig(target_modules=["k_proj"], use_dora=True, bias="lora_only"))
+        logits = peft_model(ids).logits
+        torch.testing.assert_close(logits, expected)
+        logits.sum().backward()
+        self.assertGreater(float(model.model.layers[0].self_attn.k_proj.bias.grad.abs().max()), 0)
+
     @parameterized.expand(
         [
             ("all_linear", lambda: LoraConfig(target_modules="all-linear"), 0),

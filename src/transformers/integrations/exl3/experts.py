@@ -130,7 +130,7 @@ class Exl3ExpertLinear(Exl3Linear):
         return self._stack[0].trellis[self.index]
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def stored_bias(self) -> torch.Tensor | None:
         bias = self._stack[0].bias
         return None if bias is None else bias[self.index]
 

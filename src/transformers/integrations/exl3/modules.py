@@ -255,7 +255,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
         if plain is None:
             plain = nn.Linear(in_features, out_features, "bias" in tensors, device="meta")
         self._stand_for(plain)
-        self.register_parameter("bias", None)
+        self._parameters["bias"] = None
         self.store(tensors)
         self._directly = ops.DirectLinear()
 
@@ -266,14 +266,32 @@ class Exl3Linear(Exl3Module, nn.Linear):
         if pending is not None:
             return pending
         self.check_whole()
-        decode = lambda: self.dequantized("weight").to(self.plain_dtype)  # noqa: E731
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return decode()
-        return DequantizedWeight(decode, (self.out_features, self.in_features), self.plain_dtype, self.device)
+        return self._read_only("weight", (self.out_features, self.in_features))
 
     @weight.setter
     def weight(self, value):
         refuse_change()
+
+    @property
+    def stored_bias(self) -> torch.Tensor | None:
+        """The bias as files have it: fp16, with padding."""
+        return self._parameters["bias"]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias `[out_features]` as others read it, in the dtype of `weight`: to be read only where it is stored otherwise."""
+        stored = self.stored_bias
+        if stored is None or stored.is_meta or self.pending or hasattr(stored, "to_local") or hasattr(self, "_hf_hook"):
+            return stored  # what is placed or moved is the parameter itself
+        is_same = stored.dtype is self.plain_dtype and len(stored) <= self.out_features
+        return stored if is_same else self._read_only("bias", (self.out_features,))
+
+    def _read_only(self, leaf: str, shape: tuple[int, ...]) -> torch.Tensor:
+        decode = lambda: self.dequantized(leaf).to(self.plain_dtype)  # noqa: E731
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return decode()
+        read = DequantizedWeight(decode, shape, self.plain_dtype, self.device)
+        return read.of(self.stored_bias) if leaf == "bias" else read
 
     def register_parameter(self, name: str, param: nn.Parameter | None):
         if name == "weight" or isinstance(param, DequantizedWeight):  # as what prunes or normalizes weights has it
@@ -308,7 +326,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
                 return y
         suh, svh = self.scales
         self.check_width(x, suh)
-        return ops.linear(x, self.codes, suh, svh, self.bias, self.codebook, columns)
+        return ops.linear(x, self.codes, suh, svh, self.stored_bias, self.codebook, columns)
 
     def check_width(self, x: torch.Tensor, suh: torch.Tensor):
         """Raise `ValueError` where `x` `[..., in_features]` is of another width; operators see but the one with padding."""
@@ -339,7 +357,7 @@ class Exl3Linear(Exl3Module, nn.Linear):
         self.check_whole()
         columns = slice(self.skipped, self.skipped + self.out_features)
         if leaf == "bias":
-            return self.bias[columns]
+            return self.stored_bias[columns]
         weight = ops.dequantize(self.codes, *self.scales, self.codebook)
         return weight[columns, : self.in_features]
 

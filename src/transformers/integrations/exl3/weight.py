@@ -28,6 +28,7 @@ _METHODS += (_T.is_floating_point, torch.is_floating_point, _T.is_complex, torch
 _KNOWN = {*_METHODS, *(entry.__get__ for entry in _PROPERTIES)}
 _SAME = {_T.data.__get__, _T.detach}  # the same values; they need no gradient anyway
 _FREEZING = {_T.requires_grad_, _T.requires_grad.__set__}
+_OF_PARAMETERS = {_T.requires_grad.__get__, _T.grad.__get__, _T.grad.__set__, _T.is_leaf.__get__, *_FREEZING}
 _IN_PLACE = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
@@ -52,7 +53,12 @@ class DequantizedWeight(torch.Tensor):
         cls, decode: Callable[[], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._decode, self._values = decode, None
+        self._decode, self._values, self._parameter = decode, None, None
+        return self
+
+    def of(self, parameter: torch.Tensor) -> "DequantizedWeight":
+        """Itself, as what modules give out for `parameter`, which it is decoded from: gradients are asked of that."""
+        self._parameter, self._is_param = parameter, True
         return self
 
     @property
@@ -66,10 +72,12 @@ class DequantizedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        first, *others = (*args, *kwargs.values())
+        if func in _OF_PARAMETERS and isinstance(first, cls) and first._parameter is not None:
+            return func(first._parameter, *others)
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        first, *others = (*args, *kwargs.values())
         if func in _FREEZING and isinstance(first, cls) and False in others:
             return first
         name = getattr(func, "__name__", "")
