@@ -50,6 +50,7 @@ class Exl3HfQuantizer(HfQuantizer):
         self.progress = None  # of quantizing
         self.file_names = None  # of a float checkpoint's tensors, and the model's state before modules are replaced
         self.published = None  # what config.json beside the weights says
+        self.given_state = None  # what `save_pretrained` was given to write
         self.failure = None  # the error of a parameter that could not be quantized
 
     @property
@@ -294,6 +295,8 @@ class Exl3HfQuantizer(HfQuantizer):
         from ..distributed.utils import is_dtensor
         from ..integrations.exl3.saving import state_with_repeated_layers
 
+        if self.given_state is not None:
+            return self.given_state, {}
         if not model.is_distributed_loading_by_transformers and not any(map(is_dtensor, model.parameters())):
             return state_with_repeated_layers(model), {}
         from ..integrations.exl3.parallel import gathered

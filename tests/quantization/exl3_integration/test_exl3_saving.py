@@ -33,11 +33,12 @@ import torch
 from parameterized import parameterized
 from safetensors import safe_open
 
-from transformers import AutoModel, Exl3Config, LlamaForCausalLM
+from transformers import AutoModel, Exl3Config, GraniteSpeechEncoderConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.integrations.exl3 import saving
-from transformers.integrations.exl3.modules import Exl3Module
+from transformers.integrations.exl3.modules import Exl3Linear, Exl3Module
 from transformers.integrations.exl3.scratch import scratch
+from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder
 from transformers.testing_utils import CaptureLogger, require_accelerate, require_torch
 from transformers.utils import logging
 
@@ -83,6 +84,27 @@ class Exl3SavingTest(unittest.TestCase):
                 quantized.save_pretrained(folder)
                 with open(os.path.join(folder, "config.json"), encoding="utf-8") as source:
                     self.assertEqual(json.load(source)["architectures"], [saved])
+
+    def test_a_model_that_begins_with_a_quantized_layer_has_the_dtype_of_the_others(self):
+        """And not that of its scales."""
+        config = GraniteSpeechEncoderConfig(input_dim=16, num_layers=1, hidden_dim=128, num_heads=4, dim_head=32)
+        config.update({"feedforward_mult": 1, "context_size": 8, "max_pos_emb": 8, "output_dim": 10})
+        GraniteSpeechCTCEncoder(config).bfloat16().save_pretrained(self.folder)
+        asked = Exl3Config(effort="fast", overrides={"*": 16, "input_linear": 2})
+        model = GraniteSpeechCTCEncoder.from_pretrained(self.folder, quantization_config=asked, dtype="auto")
+        model.save_pretrained(self.folder)
+        again = GraniteSpeechCTCEncoder.from_pretrained(self.folder, dtype="auto")
+        self.assertIsInstance(again.input_linear, Exl3Linear)
+        self.assertEqual((model.dtype, again.dtype, again.out.weight.dtype), (torch.bfloat16,) * 3)
+
+    def test_a_state_may_be_given(self):
+        model = self.load()
+        name = "model.norm.weight"
+        state = model.state_dict()
+        model.save_pretrained(self.folder, state_dict=state | {name: torch.full_like(state[name], 3)})
+        self.assertEqual(read_tensors(self.folder)[name].unique().tolist(), [3])
+        model.save_pretrained(self.folder)
+        self.assertEqual(read_tensors(self.folder)[name].unique().tolist(), [1])
 
     def test_a_deleted_model_is_gone_at_once(self):
         model = self.load()

@@ -110,7 +110,15 @@ def _saving_exl3(save: Callable) -> Callable:
     return save_pretrained
 
 
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the first floating parameter, as upstream has it, and where this is of a quantized layer, of what the layer stands for."""
+    owned = ((m, p.dtype) for m in model.modules() for p in m.parameters(recurse=False) if p.is_floating_point())
+    module, dtype = next(owned)
+    return module.plain_dtype if isinstance(module, Exl3Module) else dtype
+
+
 PreTrainedModel.save_pretrained = _saving_exl3(PreTrainedModel.save_pretrained)
+PreTrainedModel.dtype = property(_dtype, doc=PreTrainedModel.dtype.__doc__)
 
 
 def _is_exl3(config) -> bool:
@@ -152,6 +160,7 @@ def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
     asked = getattr(model.config, "distributed_config", None)
     with _unfinished(folder) if is_writer else contextlib.nullcontext(folder) as arguments["save_directory"]:
         model.config.distributed_config = None  # the quantizer gathers the state: upstream is to write what it gets
+        model.hf_quantizer.given_state = arguments["state_dict"]
         try:
             with _for_many_tensors():
                 with _logging_paths(arguments["save_directory"], os.fspath(folder)):
@@ -163,7 +172,7 @@ def _save_whole(save: Callable, model: PreTrainedModel, *args, **kwargs):
                         _write_names_of_fields(model.config, unfinished, model.hf_quantizer.published)
                     _move(unfinished, folder, arguments["variant"])
         finally:
-            model.config.distributed_config = asked
+            model.config.distributed_config, model.hf_quantizer.given_state = asked, None
     if is_writer and push_to_hub:
         hub_arguments.setdefault("repo_id", os.path.basename(os.path.abspath(folder)))
         model.push_to_hub(token=arguments["token"], **hub_arguments)
