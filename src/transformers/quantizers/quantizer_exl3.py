@@ -226,8 +226,16 @@ class Exl3HfQuantizer(HfQuantizer):
             stored = keeping_stored(self.plan.modules, model, weight_conversions)
             names = Exl3Names(self.plan.names, on_loading=False)
             found, state = self.file_names
-            in_files = Exl3FileNames(names_in_files(found, weight_conversions, model.base_model_prefix, state))
-            return [in_files, *weight_conversions, names, Exl3Stacks(self.plan.stacks), stored, Exl3Failure(self)]
+            prefix, layers = model.base_model_prefix, self.plan.modules
+            in_files = names_in_files(found, weight_conversions, prefix, state, layers=layers)
+            return [
+                Exl3FileNames(in_files),
+                *weight_conversions,
+                names,
+                Exl3Stacks(self.plan.stacks),
+                stored,
+                Exl3Failure(self),
+            ]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:

@@ -300,6 +300,22 @@ class Exl3ConvertedTest(unittest.TestCase):
         names = {name.rpartition(".")[0] for name in read_tensors(again)}
         self.assertEqual(names, {name.rpartition(".")[0] for name in checkpoint.dense})
 
+    def test_a_bias_that_files_name_by_itself_is_saved_beside_the_codes(self):
+        """`query.bias` of VideoMAE is `q_bias` in files."""
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+        video = {"image_size": 16, "patch_size": 8, "num_frames": 2}
+        model = random_model(CONFIG_MAPPING["videomae"](**sizes, **video), AutoModel)
+        model.save_pretrained(self.folder)
+        asked = Exl3Config(bits=1, effort="fast")
+        quantized = AutoModel.from_pretrained(self.folder, quantization_config=asked)
+        for _ in range(2):
+            quantized.save_pretrained(self.folder)
+            names = {name for name in read_tensors(self.folder) if name.endswith("bias")}
+            self.assertIn("encoder.layer.0.attention.attention.query.bias", names)
+            again = AutoModel.from_pretrained(self.folder)
+            torch.testing.assert_close(dict(again.state_dict()), dict(quantized.state_dict()), rtol=0, atol=0)
+            quantized = again
+
     def test_parts_of_what_upstream_splits_while_loading(self):
         """The tower of Nemotron Omni: `attn.qkv` of its files is `attention.q_proj` and two more in the model."""
         config = CONFIG_MAPPING["radio"](**RADIO)

@@ -115,6 +115,7 @@ def names_in_files(
     parameters: dict[str, Tensor],
     kept: Container[str] = (),
     known: dict[str, str] | None = None,
+    layers: Container[str] = (),
 ) -> dict[str, str]:
     """
     The names in files that saving would not bring back: where upstream renames two to one, or finds the prefix of the base model
@@ -127,6 +128,7 @@ def names_in_files(
         parameters (`dict[str, torch.Tensor]`): The model's, which tell whether the prefix is added or removed.
         kept (`Container[str]`, *optional*): Those of `names` that are saved without it if the files have them without.
         known (`dict[str, str]`, *optional*): Those of `names` that upstream does not find a parameter for, with it.
+        layers (`Container[str]`, *optional*): Paths of layers that are quantized: a bias of these is saved beside the codes.
 
     Returns:
         `dict[str, str]`: By the name that upstream would save it by, the name in the files.
@@ -144,4 +146,9 @@ def names_in_files(
     inside |= known or {}
     back = [entry.reverse_transform() for entry in renamings[::-1] if entry.was_used()]
     saved = {name: apply_renamings(renamed, back) for name, renamed in inside.items()}
-    return {other: name for name, other in saved.items() if other != name}
+    result = {other: name for name, other in saved.items() if other != name}
+    for name, (path, _, leaf) in ((name, renamed.rpartition(".")) for name, renamed in inside.items()):
+        if leaf == "bias" and path in layers and not saved[name].endswith(".bias"):
+            weight = apply_renamings(f"{path}.weight", back)
+            result[saved[name]] = result.get(weight, weight).removesuffix("weight") + leaf
+    return result
