@@ -87,11 +87,11 @@ class HubKernelTest(unittest.TestCase):
         Build.open(self.kernels / "exl3-triton")
         with patch.object(gpu, "_ARE_HERE", False):
             calls = gpu.kernels()
-            for module in (calls, calls.kernels, calls.dequantizing, calls.searching, calls.target):
+            for module in (calls, calls.multiplying, calls.dequantizing, calls.searching, calls.target):
                 self.assertTrue(Path(module.__file__).is_relative_to(self.kernels), module.__file__)
                 here = Path(gpu.__file__).with_name(Path(module.__file__).name)
                 self.assertEqual(Path(module.__file__).read_bytes(), here.read_bytes())
-            self.assertTrue(calls.kernels.row_tiles(calls.target.Target("cuda", "sm_80", 108)))
+            self.assertTrue(calls.multiplying.row_tiles(calls.target.Target("cuda", "sm_80", 108)))
 
     def test_without_any_library_the_reasons_are_told(self):
         logger = logging.get_logger(cpu.__name__)

@@ -93,24 +93,23 @@ class Exl3Rowwise(RowwiseParallel):
         return output if bias is None else output + bias[: module.out_features].to(output.dtype)
 
 
-class Exl3ExpertColwise(TensorParallelLayer):
-    """Projections of experts whose outputs are divided: nothing is exchanged around each, `moe_tp_experts` does it once."""
+class Exl3ExpertPart(TensorParallelLayer):
+    """
+    Projections of experts of which each process has a part: nothing is exchanged around each, `moe_tp_experts` does it once.
+
+    Args:
+        dims (`dict[str, int]`): `COLUMNS` or `ROWS`.
+        size (`str`): The attribute that tells how many there are: `out_features` or `in_features`.
+    """
+
+    def __init__(self, dims: dict[str, int], size: str):
+        self.dims, self.size = dims, size
 
     def shard_param(self, module, param, mesh):
-        _cut(module, param, mesh, COLUMNS)
+        _cut(module, param, mesh, self.dims)
 
     def install_forward(self, module, mesh):
-        module.out_features //= mesh.size()
-
-
-class Exl3ExpertRowwise(TensorParallelLayer):
-    """Projections of experts whose inputs are divided."""
-
-    def shard_param(self, module, param, mesh):
-        _cut(module, param, mesh, ROWS)
-
-    def install_forward(self, module, mesh):
-        module.in_features //= mesh.size()
+        setattr(module, self.size, getattr(module, self.size) // mesh.size())
 
 
 class Exl3DispatchExperts(EpDispatchExpertsParallel):
@@ -140,8 +139,8 @@ PROJECTIONS = {"gate": "exl3_expert_colwise", "up": "exl3_expert_colwise", "down
 for _name, _style in {
     **CUTTING,
     EXPERTS_DISPATCHED: Exl3DispatchExperts(),
-    "exl3_expert_colwise": Exl3ExpertColwise(),
-    "exl3_expert_rowwise": Exl3ExpertRowwise(),
+    "exl3_expert_colwise": Exl3ExpertPart(COLUMNS, "out_features"),
+    "exl3_expert_rowwise": Exl3ExpertPart(ROWS, "in_features"),
 }.items():
     ALL_PARALLEL_STYLES.register(_name, _style)
 
