@@ -29,12 +29,12 @@ class Exl3Config(QuantizationConfigMixin):
             What states decode to: `"mul1"`, `"mcg"` or `"3inst"`. In checkpoints each layer has its own, whatever
             stands here.
         modules_to_not_convert (`list`, *optional*):
-            Names or patterns of modules to leave as they are when a model is quantized, beside the default ones.
+            Names or patterns of modules to leave as they are when a model is quantized, in addition to the default ones.
         overrides (`dict[str, float]`, *optional*):
             Rates for some layers: patterns for whole module names (`"*.down_proj"`, `"model.layers.0.*"`) to one of the
-            rates, or 16 for not quantized. Of several that match, the last counts. The parts of fused projections and of
-            experts go by the names that files have for them, too. A pattern that matches no layer to be quantized is an
-            error; the head is told about by `head_bits` alone.
+            rates, or 16 for not quantized. Of several that match, the last counts. Parts of fused projections and of
+            experts may be called by their names in files, too. A pattern that matches no layer to be quantized is an
+            error. The rate of the head is set by `head_bits` alone.
         embedding_bits (`int`, *optional*):
             Bits per element of the input embeddings, from 1 to 8, or 16 for not quantized. Unset, they stay as they are
             when a model is quantized. A head that is tied to them becomes a matrix of its own if `head_bits` is set.
@@ -50,7 +50,7 @@ class Exl3Config(QuantizationConfigMixin):
         calibration_length (`int`, *optional*, defaults to 512):
             Tokens of a window. Texts are joined and cut into windows, and so are lists of token ids that are shorter than others.
         calibration_seed (`int`, *optional*, defaults to 0):
-            Of the text that the model writes.
+            Seed of the text that the model writes.
         effort (`str`, *optional*, defaults to `"default"`):
             How thoroughly a model is quantized: `"default"`, within 0.05 dB of the least error that the format allows,
             or `"fast"`, which takes up to half the time and has 0.1 to 0.5 dB more error (0.02 to 0.08 bits). It is not
@@ -61,10 +61,10 @@ class Exl3Config(QuantizationConfigMixin):
     Attributes:
         converter_fields (`dict[str, Any]`):
             Other fields that a converter wrote (`version`, `calibration`, `out_scales`, ...), kept as they are. Only `from_dict`
-            takes them: of arguments they would be mistakes.
+            takes them; as arguments they are errors.
 
     Raises:
-        `TypeError`: For an argument that there is not, with what there is.
+        `TypeError`: For an unknown argument. The message names those that there are.
     """
 
     def __init__(
