@@ -90,8 +90,6 @@ class Exl3HfQuantizer(HfQuantizer):
         self.float_dtype = dtype
         return dtype
 
-    update_torch_dtype = update_dtype  # its name in the older guide
-
     def update_parallel_plan(self, model, plan):
         asked = getattr(model.config, "distributed_config", None)
         if asked is None or plan is model.ep_plan:

@@ -290,7 +290,6 @@ class Exl3QuantizerTest(unittest.TestCase):
         quantizer = Exl3HfQuantizer(Exl3Config(), pre_quantized=True)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             self.assertEqual(quantizer.update_dtype(dtype), dtype)
-            self.assertEqual(quantizer.update_torch_dtype(dtype), dtype)
 
     def test_loading_attributes_override_the_checkpoint(self):
         written = {"quant_method": "exl3", "version": "1.6.5", "bits": 3.44, "head_bits": 6, "codebook": "mcg"}

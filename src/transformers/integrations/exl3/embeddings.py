@@ -36,6 +36,8 @@ class Exl3Embedding(Exl3Module):
         plain (`nn.Embedding`): The table that this one stands for.
     """
 
+    casts = True  # the signs
+
     def __init__(self, tensors: dict[str, torch.Tensor], plain: nn.Embedding):
         super().__init__()
         self._stand_for(plain)
@@ -71,10 +73,6 @@ class Exl3Embedding(Exl3Module):
         """Have the signs in the model's dtype, as they are to be once they are there."""
         if self.signs.dtype != self.plain_dtype:
             self.signs = nn.Parameter(self.signs.detach().to(self.plain_dtype), requires_grad=False)
-
-    def _apply(self, fn, recurse=True):
-        self._cast_plain(fn)
-        return nn.Module._apply(self, fn, recurse)  # casts what is floating, the signs alone
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -122,6 +120,8 @@ class Exl3TiedHead(Exl3Module, nn.Linear):
         plain (`nn.Linear`): The head, without a bias.
     """
 
+    casts = True  # the weight, like that of other plain layers
+
     def __init__(self, plain: nn.Linear):
         nn.Module.__init__(self)
         self._stand_for(plain)
@@ -150,10 +150,6 @@ class Exl3TiedHead(Exl3Module, nn.Linear):
     @property
     def device(self) -> torch.device:
         return self.weight.device
-
-    def _apply(self, fn, recurse=True):
-        self._cast_plain(fn)
-        return nn.Module._apply(self, fn, recurse)  # a weight like that of other plain layers
 
     def dequantized(self, leaf: str) -> torch.Tensor:
         """`weight` `[out_features, in_features]`, as it is."""

@@ -109,8 +109,7 @@ def quantize_weight(
     into, out = format.padded(weight.shape[1]), format.padded(weight.shape[0])
     suh, svh = (scale.double() for scale in scales(weight, rms, seed))
     values = format.codebook_values(codebook, weight.device).float()
-    words = int(bits * format.TILE)
-    trellis = torch.empty(into // format.TILE, out // format.TILE, words, dtype=torch.int16, device=weight.device)
+    trellis = new_trellis(into, out, bits, weight.device)
     for start, strip in strips(weight):
         columns = slice(start, start + strip.shape[0])
         tiles = format.matrix_to_tiles(regular(strip, suh, svh[columns]))
@@ -175,6 +174,11 @@ def _ring_scales(rings, bits):
     if bits <= 4:
         return peak * rms / INPUT_RMS["mul1"][bits]
     return torch.maximum(peak * rms / RING_RMS, peak / RING_PEAK)
+
+
+def new_trellis(into, out, bits, device):
+    shape = into // format.TILE, out // format.TILE, int(bits * format.TILE)
+    return torch.empty(shape, dtype=torch.int16, device=device)
 
 
 def input_rms(bits, codebook):

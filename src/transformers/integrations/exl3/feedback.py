@@ -108,13 +108,7 @@ def quantize_weight(
             break
     hessian, into = _damped(moments.hessian.to(weight.device), shrinkage).float(), factor.shape[0]
     values = format.codebook_values(codebook, weight.device).float()
-    trellis = torch.empty(
-        into // format.TILE,
-        svh.shape[0] // format.TILE,
-        int(bits * format.TILE),
-        dtype=torch.int16,
-        device=weight.device,
-    )
+    trellis = encoder.new_trellis(into, svh.shape[0], bits, weight.device)
     columns = STRIP_COLUMNS if weight.device.type == "cpu" else ACCELERATOR_STRIP_COLUMNS
     for start, strip in encoder.strips(target, columns):
         part = slice(start, start + strip.shape[0])

@@ -93,6 +93,7 @@ class Exl3Module(nn.Module):
     pending: set[str] = frozenset()  # names of the plain module's parameters that are still to be quantized
     stored: tuple[str, ...] = ()  # names of the parameters that hold what is quantized
     plain_dtype = torch.float32  # of the plain module
+    casts = False  # whether its floating tensors are of the model's dtype
 
     def _stand_for(self, plain: nn.Module):
         # In a tuple, so that it is no submodule: it has no tensors to load, move or save.
@@ -209,18 +210,16 @@ class Exl3Module(nn.Module):
         return next(self.parameters()).device
 
     def _apply(self, fn, recurse=True):
-        """Moves, and does not cast: the dtypes of quantized tensors are part of the format."""
-        self._cast_plain(fn)
+        """Casts what this module is dequantized to. Its own tensors are only moved, unless `casts`: their dtypes are part of the format."""
+        self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
+        if self.casts:
+            return super()._apply(fn, recurse)
 
         def move(tensor):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
-
-    def _cast_plain(self, fn):
-        """Have what this module is dequantized to in the dtype that `fn` would have cast the plain module to."""
-        self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
 
 
 class Exl3Linear(Exl3Module, nn.Linear):

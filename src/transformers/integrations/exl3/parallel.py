@@ -94,15 +94,9 @@ class Exl3Rowwise(RowwiseParallel):
 
 
 class Exl3ExpertPart(TensorParallelLayer):
-    """
-    Projections of experts of which each process has a part: nothing is exchanged around each, `moe_tp_experts` does it once.
+    """Projections of experts of which each process has a part: nothing is exchanged around each, `moe_tp_experts` does it once."""
 
-    Args:
-        dims (`dict[str, int]`): `COLUMNS` or `ROWS`.
-        size (`str`): The attribute that tells how many there are: `out_features` or `in_features`.
-    """
-
-    def __init__(self, dims: dict[str, int], size: str):
+    def __init__(self, dims: dict[str, int], size: str):  # `COLUMNS` or `ROWS`, and the attribute that tells how many
         self.dims, self.size = dims, size
 
     def shard_param(self, module, param, mesh):

@@ -100,11 +100,7 @@ class Plan:
                 raise ValueError(
                     f"`head_bits` is set and {type(model).__name__} has no linear output embeddings. Unset it."
                 )
-            if head in skipped:
-                raise ValueError(
-                    f"`head_bits` of {config.head_bits} asks for {head} to be quantized, and `modules_to_not_convert` ({own}) for "
-                    "it to be left as it is. Unset one of them."
-                )
+            _check_wanted("head_bits", config, head, skipped)
             if config.head_bits != int(config.head_bits) and self.codebook != "mul1":
                 raise ValueError(
                     f"`head_bits` of {config.head_bits} needs the codebook `mul1`, not `{self.codebook}`."
@@ -115,11 +111,7 @@ class Plan:
         self.has_tied_head = False
         if config.embedding_bits not in (None, PLAIN):
             embedding = self._embedding(head, config)
-            if selected(own, [*self._paths], [embedding]):
-                raise ValueError(
-                    f"`embedding_bits` of {config.embedding_bits} asks for {embedding} to be quantized, and "
-                    f"`modules_to_not_convert` ({own}) for it to be left as it is. Unset one of them."
-                )
+            _check_wanted("embedding_bits", config, embedding, selected(own, [*self._paths], [embedding]))
             self.bits[embedding] = {"": config.embedding_bits}
             sizes[embedding] = {"": self._paths[embedding].weight.numel()}
         if not self.bits:
@@ -331,6 +323,15 @@ class Plan:
                     f"{in_files}.{expert}.{name}.{leaf}" for expert in stack.members
                 ]
         return experts
+
+
+def _check_wanted(option: str, config, path: str, skipped: set[str]):
+    """Raise `ValueError` where `option` of `config` asks for what is to be left as it is."""
+    if path in skipped:
+        raise ValueError(
+            f"`{option}` of {getattr(config, option)} asks for {path} to be quantized, and `modules_to_not_convert` "
+            f"({config.modules_to_not_convert}) for it to be left as it is. Unset one of them."
+        )
 
 
 def _join(path: str, part: str) -> str:
