@@ -261,20 +261,27 @@ int input_bits_wanted() {
   return !std::strcmp(wanted, "8") ? 8 : !std::strcmp(wanted, "16") ? 16 : -1;
 }
 
-// Byte `part` of `parts` of a whole input, a signed number: that of all but the lowest bits first where there are two.
-inline int8_t byte_of(int16_t whole, int part, int parts) {
-  int lower = parts == 2 && part == 0 ? 8 : 0;  // bits: where they are a negative number, the upper ones are one more
-  return int8_t((whole + (1 << lower >> 1)) >> lower);
-}
-inline int32_t four_bytes(int8_t byte) { return int32_t(uint8_t(byte) * 0x01010101u); }
+// What a product that decodes takes as a dword of its inputs.
+enum class Inputs {
+  NONE,       // it takes none: to decode the weight first is faster
+  BYTES,      // an input of 8 bits, four times
+  TWO_BYTES,  // the upper byte of one of 16 bits, four times, and the lower one: signed numbers, in a dword each
+  NUMBERS,    // one of 16 bits, twice
+  PAIRS,      // two of 16 bits, of neighbouring rows of the weight
+};
+constexpr int states_of(Inputs kind) { return kind == Inputs::PAIRS ? 2 : 1; }      // whose inputs are in a dword
+constexpr int planes_of(Inputs kind) { return kind == Inputs::TWO_BYTES ? 2 : 1; }  // dwords for an input
+constexpr int dwords_of(Inputs kind) { return TILE * planes_of(kind) / states_of(kind); }  // for a tile
+inline int32_t four_bytes(int byte) { return int32_t(uint8_t(byte) * 0x01010101u); }
+inline int32_t two_numbers(int16_t number) { return int32_t(uint16_t(number) * 0x00010001u); }
 
-// Some columns of tiles times whole inputs.
+// Some columns of tiles times whole inputs. The sums of a block are below 2**31, so that those of its parts may wrap around.
 struct FusedCall {
   const int16_t* column;                           // the first tile
   int64_t row_stride, column_stride;               // in words
   int64_t blocks;                                  // of the input
   const int32_t* inputs;                           // [rows, blocks]: what `Fused::arrange` makes of a block
-  const int32_t* totals;                           // [blocks, rows, parts]: sums of the inputs' bytes, for mul1
+  const int32_t* totals;                           // [blocks, rows]: sums of the inputs
   const float* scales;                             // [blocks, rows]
   float* sums[FUSED_ROWS];                         // each [16 FUSED_COLUMNS]
 
@@ -286,11 +293,10 @@ using FusedProduct = void (*)(const FusedCall&);
 
 // How an instruction set multiplies one or two rows by a weight while it decodes it.
 struct Fused {
-  bool (*has)(int codebook, int rows);  // whether that is faster than to decode the weight first
-  FusedProduct (*product)(int codebook, int twice_bits, int rows, int parts);  // for inputs of so many bytes ("parts")
-  // The 128 inputs of a block as the product reads them, in so many dwords for each tile: of one and of two parts.
-  void (*arrange)(const int16_t* whole, int codebook, int parts, int32_t* to);
-  int sizes[2];
+  Inputs (*inputs)(int codebook, int rows, bool is_byte);  // what it takes where inputs have 8 bits, or 16
+  FusedProduct (*product)(int codebook, int twice_bits, int rows, Inputs kind);
+  void (*arrange)(const int16_t* whole, Inputs kind, int32_t* to);  // the 128 inputs of a block as the product reads them,
+  int copies;                                                       // each so often
 };
 
 // One block of a group's rows of the input, times decoded codes.

@@ -82,10 +82,12 @@ using Vector = Operations::Vector;
 using Sums = Operations::Sums;
 constexpr int HALVES = 2 / Operations::GROUPS;  // vectors that hold the two groups of a pair of columns
 constexpr int PAIRS = 4;                        // of columns, at a time
-constexpr int INPUTS = 32;                      // dwords of the inputs of a tile: [codes of a dword][8 dwords]
+constexpr int COPIES = 2;                       // of an input: the columns of a pair share them
+constexpr int INPUTS = COPIES * TILE;           // dwords of a plane: [codes of a dword][8 dwords]
 
 typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Whole __attribute__((vector_size(16)));
+typedef int32_t Signed __attribute__((vector_size(16)));
+typedef uint32_t Whole __attribute__((vector_size(16)));
 
 template <int RATE, int GROUP>
 static inline Operations::Piece piece(const int16_t* tile) {
@@ -105,47 +107,52 @@ static inline Vector window(const int16_t* tile) {
   return Operations::either(words, Operations::shuffle(more, all.more_places[WINDOW][GROUP]));
 }
 
-// Code STEP of each dword times its input.
-template <int RATE, int ROWS, int PLANES, int HALF, int STEP>
-static inline void multiply_step(Vector words, const int32_t* const (&inputs)[ROWS], Sums (&sums)[ROWS][PLANES]) {
+// The state of code STEP of each dword, times the multiplier.
+template <int RATE, int STEP>
+static inline Vector product(Vector words) {
   constexpr const Windows<RATE>& all = WINDOWS<RATE>;
   if constexpr (!all.is_uniform[STEP]) words = Operations::shift_right(words, all.shifts[STEP]);
   else if constexpr (all.shifts[STEP][0] != 0) words = Operations::template shift_right<int(all.shifts[STEP][0])>(words);
-  Vector product = Operations::multiply(Operations::low_words(words), MULTIPLIERS[MUL1]);
-  for (int row = 0; row < ROWS; ++row)
-    for (int plane = 0; plane < PLANES; ++plane)
-      sums[row][plane] = Operations::add_products(sums[row][plane], product, inputs[row] + plane * INPUTS + STEP * 8 + HALF * 4);
+  return Operations::multiply(Operations::low_words(words), MULTIPLIERS[MUL1]);
 }
 
-template <int RATE, int ROWS, int PLANES, int VECTOR, int... STEP>
-static inline void multiply_vector(const int16_t* tile, const int32_t* const (&inputs)[ROWS], Sums (&sums)[ROWS][PLANES],
-                                   std::integer_sequence<int, STEP...>) {
-  constexpr int STATES = WINDOWS<RATE>.states;
+// Code STEP of each dword times its input, or two codes times theirs, for which not all `Operations` have some.
+template <int RATE, int ROWS, Inputs KIND, int HALF, int STEP, class Own = Operations>
+static inline void multiply_step(Vector words, const int32_t* const (&inputs)[ROWS], Sums (&sums)[ROWS][planes_of(KIND)]) {
+  constexpr int PLACE = STEP * 8 + HALF * 4;
+  if constexpr (KIND == Inputs::PAIRS) {
+    Vector codes = Own::pair(product<RATE, 2 * STEP>(words), product<RATE, 2 * STEP + 1>(words));
+    for (int row = 0; row < ROWS; ++row) sums[row][0] = Own::add_words(sums[row][0], codes, Own::load(inputs[row] + PLACE));
+  } else {
+    Vector bytes = product<RATE, STEP>(words);
+    for (int row = 0; row < ROWS; ++row)
+      for (int plane = 0; plane < planes_of(KIND); ++plane)
+        sums[row][plane] = Operations::add_products(sums[row][plane], bytes, inputs[row] + plane * INPUTS + PLACE);
+  }
+}
+
+template <int RATE, int ROWS, Inputs KIND, int VECTOR, int... STEP>
+static inline void multiply_vector(const int16_t* tile, const int32_t* const (&inputs)[ROWS],
+                                   Sums (&sums)[ROWS][planes_of(KIND)], std::integer_sequence<int, STEP...>) {
+  constexpr int STEPS = WINDOWS<RATE>.states / states_of(KIND);  // of a window
   Vector words;
-  ((words = STEP % STATES == 0 ? window<RATE, VECTOR, STEP / STATES>(tile) : words,
-    multiply_step<RATE, ROWS, PLANES, VECTOR % HALVES, STEP>(words, inputs, sums)),
+  ((words = STEP % STEPS == 0 ? window<RATE, VECTOR, STEP / STEPS>(tile) : words,
+    multiply_step<RATE, ROWS, KIND, VECTOR % HALVES, STEP>(words, inputs, sums)),
    ...);
 }
 
-template <int RATE, int ROWS, int PLANES, int FIRST, int... VECTOR>
-static inline void multiply_tile(const int16_t* tile, const int32_t* const (&inputs)[ROWS], Sums (&sums)[PAIRS][ROWS][PLANES],
-                                 std::integer_sequence<int, VECTOR...>) {
-  (multiply_vector<RATE, ROWS, PLANES, FIRST * HALVES + VECTOR>(tile, inputs, sums[VECTOR / HALVES],
-                                                                std::make_integer_sequence<int, 4>()),
+template <int RATE, int ROWS, Inputs KIND, int FIRST, int... VECTOR>
+static inline void multiply_tile(const int16_t* tile, const int32_t* const (&inputs)[ROWS],
+                                 Sums (&sums)[PAIRS][ROWS][planes_of(KIND)], std::integer_sequence<int, VECTOR...>) {
+  (multiply_vector<RATE, ROWS, KIND, FIRST * HALVES + VECTOR>(tile, inputs, sums[VECTOR / HALVES],
+                                                              std::make_integer_sequence<int, 4 / states_of(KIND)>()),
    ...);
-}
-
-// The sums of PAIRS columns and of those 8 on, over the dwords of each.
-static inline void fold(const Sums (&of_pairs)[PAIRS], Whole (&columns)[2], int32_t more) {
-  Operations::fold(of_pairs, columns);
-  for (Whole& some : columns) some += more;
 }
 
 // PAIRS columns from FIRST on, and those 8 columns on, of a tile's column, over one block.
-template <int RATE, int ROWS, int PARTS, int FIRST>
+template <int RATE, int ROWS, Inputs KIND, int FIRST>
 static inline void multiply_block(const FusedCall& call, const int16_t* tile, int64_t block, int column) {
-  constexpr int PLANES = Operations::ARE_BYTES ? PARTS : 1;
-  Sums sums[PAIRS][ROWS][PLANES];
+  Sums sums[PAIRS][ROWS][planes_of(KIND)];
   for (auto& pair : sums)
     for (auto& planes : pair)
       for (Sums& dwords : planes) dwords = Operations::zeros();
@@ -153,60 +160,73 @@ static inline void multiply_block(const FusedCall& call, const int16_t* tile, in
     if constexpr (FIRST == 0) prefetch<16 * RATE>(tile + call.ahead(block * BLOCK_TILES + i));
     const int32_t* inputs[ROWS];
     for (int row = 0; row < ROWS; ++row)
-      inputs[row] = call.inputs + ((row * call.blocks + block) * BLOCK_TILES + i) * PLANES * INPUTS;
-    multiply_tile<RATE, ROWS, PLANES, FIRST>(tile, inputs, sums, std::make_integer_sequence<int, PAIRS * HALVES>());
+      inputs[row] = call.inputs + ((row * call.blocks + block) * BLOCK_TILES + i) * dwords_of(KIND) * COPIES;
+    multiply_tile<RATE, ROWS, KIND, FIRST>(tile, inputs, sums, std::make_integer_sequence<int, PAIRS * HALVES>());
   }
   for (int row = 0; row < ROWS; ++row) {
-    int64_t index = block * ROWS + row;
-    Sums parts[PARTS][PAIRS];
-    for (int pair = 0; pair < PAIRS; ++pair) Operations::split(sums[pair][row], parts, pair);
-    Whole columns[PARTS][2];
-    for (int part = 0; part < PARTS; ++part)
-      fold(parts[part], columns[part], (Operations::OFFSET - UNITS[MUL1].middle) * call.totals[index * PARTS + part]);
+    const uint32_t more = uint32_t(Operations::OFFSET - UNITS[MUL1].middle) * uint32_t(call.totals[block * ROWS + row]);
+    Whole columns[2] = {};  // and those 8 on
+    for (int plane = 0; plane < planes_of(KIND); ++plane) {
+      Sums of_pairs[PAIRS];
+      for (int pair = 0; pair < PAIRS; ++pair) of_pairs[pair] = sums[pair][row][plane];
+      Whole of_plane[2];
+      Operations::fold(of_pairs, of_plane);
+      for (int half = 0; half < 2; ++half) columns[half] = columns[half] * 256 + of_plane[half];
+    }
     for (int half = 0; half < 2; ++half) {
-      Floats exact = __builtin_convertvector(columns[0][half], Floats), sum;  // the number that both parts make is rounded once
-      if constexpr (PARTS == 2) exact = exact * 256 + __builtin_convertvector(columns[PARTS - 1][half], Floats);
+      Floats exact = __builtin_convertvector(Signed(columns[half] + more), Floats), sum;
       float* to = call.sums[row] + column * TILE + half * 8 + FIRST;
       std::memcpy(&sum, to, sizeof sum);
-      sum += exact * call.scales[index];
+      sum += exact * call.scales[block * ROWS + row];
       std::memcpy(to, &sum, sizeof sum);
     }
   }
 }
 
-// `Fused::product` for inputs of PARTS bytes.
-template <int RATE, int ROWS, int PARTS>
+template <int RATE, int ROWS, Inputs KIND>
 EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
   for (int row = 0; row < ROWS; ++row) std::fill_n(call.sums[row], FUSED_COLUMNS * TILE, 0.f);
   for (int64_t block = 0; block < call.blocks; ++block)
     for (int column = 0; column < FUSED_COLUMNS; ++column) {
       const int16_t* tile = call.column + column * call.column_stride + block * BLOCK_TILES * call.row_stride;
-      multiply_block<RATE, ROWS, PARTS, 0>(call, tile, block, column);
-      multiply_block<RATE, ROWS, PARTS, PAIRS>(call, tile, block, column);
+      multiply_block<RATE, ROWS, KIND, 0>(call, tile, block, column);
+      multiply_block<RATE, ROWS, KIND, PAIRS>(call, tile, block, column);
     }
 }
 
-// [8, planes, INPUTS]: a byte in all four of a dword, or a number of 16 bits in both halves.
-static void arrange_inputs(const int16_t* whole, int, int parts, int32_t* to) {
-  int planes = Operations::ARE_BYTES ? parts : 1;
-  for (int i = 0; i < BLOCK * planes * 2; ++i) {
-    int place = i % INPUTS, plane = i / INPUTS % planes, tile = i / INPUTS / planes;
-    int16_t input = whole[tile * TILE + row_of(place / 2 % 4, place / 8)];
-    to[i] = Operations::ARE_BYTES ? four_bytes(byte_of(input, plane, parts)) : int32_t(uint16_t(input) * 0x00010001u);
-  }
+// [8, planes, INPUTS]; of pairs half as much.
+template <Inputs KIND>
+static void arrange_inputs(const int16_t* whole, int32_t* to) {
+  for (int tile = 0; tile < BLOCK_TILES; ++tile, whole += TILE)
+    for (int plane = 0; plane < planes_of(KIND); ++plane)
+      for (int place = 0; place < INPUTS / states_of(KIND); ++place, ++to) {
+        const int16_t* from = whole + row_of(place / 2 % 4, place / 8 * states_of(KIND));
+        if constexpr (KIND == Inputs::PAIRS) std::memcpy(to, from, sizeof *to);
+        else if constexpr (KIND == Inputs::NUMBERS) *to = two_numbers(*from);
+        // The lower byte is a signed number: where it is negative, the upper one is one more.
+        else *to = four_bytes(KIND == Inputs::TWO_BYTES && plane == 0 ? (*from + 128) >> 8 : *from);
+      }
+}
+
+static void arrange_inputs(const int16_t* whole, Inputs kind, int32_t* to) {
+  kind == Operations::OF_8_BITS ? arrange_inputs<Operations::OF_8_BITS>(whole, to)
+                                : arrange_inputs<Operations::OF_16_BITS>(whole, to);
 }
 
 template <int... I>
-static FusedProduct fused_product(int rate, int rows, int parts, std::integer_sequence<int, I...>) {
-  static constexpr FusedProduct PRODUCTS[][2][2] = {{{fused_columns<RATES[I], 1, 1>, fused_columns<RATES[I], 1, 2>},
-                                                     {fused_columns<RATES[I], 2, 1>, fused_columns<RATES[I], 2, 2>}}...};
-  return PRODUCTS[rate][rows - 1][parts - 1];
+static FusedProduct fused_product(int rate, int rows, Inputs kind, std::integer_sequence<int, I...>) {
+  constexpr Inputs BYTE = Operations::OF_8_BITS, LONG = Operations::OF_16_BITS;
+  static constexpr FusedProduct PRODUCTS[][2][2] = {{{fused_columns<RATES[I], 1, BYTE>, fused_columns<RATES[I], 1, LONG>},
+                                                     {fused_columns<RATES[I], 2, BYTE>, fused_columns<RATES[I], 2, LONG>}}...};
+  return PRODUCTS[rate][rows - 1][kind != BYTE];
 }
 
-static FusedProduct fused_product(int, int twice_bits, int rows, int parts) {
-  return fused_product(rate_index(twice_bits), rows, parts, std::make_integer_sequence<int, NUM_RATES>());
+static FusedProduct fused_product(int, int twice_bits, int rows, Inputs kind) {
+  return fused_product(rate_index(twice_bits), rows, kind, std::make_integer_sequence<int, NUM_RATES>());
 }
 
-static bool has_fused(int codebook, int) { return codebook == MUL1; }
+static Inputs fused_inputs(int codebook, int, bool is_byte) {
+  return codebook != MUL1 ? Inputs::NONE : is_byte ? Operations::OF_8_BITS : Operations::OF_16_BITS;
+}
 
-constexpr Fused FUSED{has_fused, fused_product, arrange_inputs, {INPUTS, Operations::ARE_BYTES ? 2 * INPUTS : INPUTS}};
+constexpr Fused FUSED{fused_inputs, fused_product, arrange_inputs, COPIES};

@@ -16,6 +16,9 @@
 //     vpsrld / vpsrlvd, vpand, vpmulld    its state, times the multiplier,
 //   and then, where EXL3_DOT is EXL3_DOT_VEX (AVX-VNNI) or EXL3_DOT_EVEX (AVX-512 VNNI and VL: the same in another encoding),
 //     vpdpbusd                            the sum of its bytes times the input's byte;
+//   or, for two codes and inputs of 16 bits:
+//     vpdpbusd, vpslld, vpdpbusd          the sums of their bytes in the halves of a dword,
+//     vpdpwssd                            times both inputs;
 //   with AVX2 alone, where inputs are numbers of 16 bits whatever they are rounded to:
 //     vpmaddubsw, vpmaddwd, vpaddd        the sums of two bytes each, times the input, added up.
 
@@ -24,7 +27,6 @@ struct Operations {
   using Sums = __m256i;
   using Piece = __m128i;
   static constexpr int GROUPS = 2, OFFSET = 0;
-  static constexpr bool ARE_BYTES = EXL3_DOT != EXL3_DOT_NONE;
 
   static inline Piece piece(const int16_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
@@ -46,27 +48,29 @@ struct Operations {
   static inline Vector multiply(Vector dwords, uint32_t by) { return _mm256_mullo_epi32(dwords, _mm256_set1_epi32(int(by))); }
   static inline Sums zeros() { return _mm256_setzero_si256(); }
 
+#if EXL3_DOT == EXL3_DOT_NONE
+  static constexpr Inputs OF_8_BITS = Inputs::NUMBERS, OF_16_BITS = Inputs::NUMBERS;
   static inline Sums add_products(Sums sums, Vector bytes, const int32_t* inputs) {
-#if EXL3_DOT == EXL3_DOT_VEX
-    return _mm256_dpbusd_avx_epi32(sums, bytes, load(inputs));
-#elif EXL3_DOT == EXL3_DOT_EVEX
-    return _mm256_dpbusd_epi32(sums, bytes, load(inputs));
-#else
     Vector of_two = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(of_two, load(inputs)));
+  }
+#else
+  static constexpr Inputs OF_8_BITS = Inputs::BYTES, OF_16_BITS = Inputs::PAIRS;
+#if EXL3_DOT == EXL3_DOT_VEX
+  static inline Sums add_bytes(Sums sums, Vector a, Vector b) { return _mm256_dpbusd_avx_epi32(sums, a, b); }
+  static inline Sums add_words(Sums sums, Vector a, Vector b) { return _mm256_dpwssd_avx_epi32(sums, a, b); }
+#else
+  static inline Sums add_bytes(Sums sums, Vector a, Vector b) { return _mm256_dpbusd_epi32(sums, a, b); }
+  static inline Sums add_words(Sums sums, Vector a, Vector b) { return _mm256_dpwssd_epi32(sums, a, b); }
 #endif
-  }
+  static inline Sums add_products(Sums sums, Vector bytes, const int32_t* inputs) { return add_bytes(sums, bytes, load(inputs)); }
 
-  // Sums of numbers of 16 bits, below 2**30 each, as sums of their upper and lower bytes are: four of them are not below 2**31.
-  template <int PLANES, int PARTS>
-  static inline void split(const Sums (&planes)[PLANES], Sums (&parts)[PARTS][4], int pair) {
-    if constexpr (PLANES == PARTS) {
-      for (int part = 0; part < PARTS; ++part) parts[part][pair] = planes[part];
-    } else {
-      parts[0][pair] = _mm256_srai_epi32(planes[0], 8);
-      parts[1][pair] = _mm256_and_si256(planes[0], _mm256_set1_epi32(255));
-    }
+  // The sums of the four bytes of both, in the lower and the upper half of a dword.
+  static inline Vector pair(Vector first, Vector second) {
+    const Vector ones = _mm256_set1_epi8(1);
+    return add_bytes(_mm256_slli_epi32(add_bytes(zeros(), second, ones), 16), first, ones);
   }
+#endif
 
   template <typename Four>
   static inline void fold(const Sums (&pairs)[4], Four (&columns)[2]) {

@@ -24,7 +24,7 @@ struct Operations {
   using Sums = int32x4_t;
   using Piece = uint8x16_t;
   static constexpr int GROUPS = 1, OFFSET = EXL3_I8MM ? 0 : 4 * 128;
-  static constexpr bool ARE_BYTES = true;
+  static constexpr Inputs OF_8_BITS = Inputs::BYTES, OF_16_BITS = Inputs::TWO_BYTES;
 
   static inline Piece piece(const int16_t* from) { return vld1q_u8(reinterpret_cast<const uint8_t*>(from)); }
 
@@ -56,11 +56,6 @@ struct Operations {
 #else
     return vdotq_s32(sums, vreinterpretq_s8_u32(veorq_u32(bytes, vdupq_n_u32(0x80808080))), input);
 #endif
-  }
-
-  template <int PARTS>
-  static inline void split(const Sums (&planes)[PARTS], Sums (&parts)[PARTS][4], int pair) {
-    for (int part = 0; part < PARTS; ++part) parts[part][pair] = planes[part];
   }
 
   template <typename Four>

@@ -18,8 +18,8 @@
 // 128 features with a scale of its own, and multiplied with codes, which values are before they are rounded to fp16. The sums
 // of a block are exact. Both errors are about 5e-4 of the result or less, a quarter of what rounding it to bf16 adds.
 //
-// For one or two rows and a mul1 weight, inputs have 8 bits or two bytes. Instruction sets that have a `Fused` multiply one or
-// two rows while they decode, the same bytes as otherwise.
+// For one or two rows and a mul1 weight, inputs have 8 bits or 16. Instruction sets that have a `Fused` multiply one or two rows
+// while they decode, the same bytes as otherwise.
 
 constexpr int EXACT_SHARING = 16;              // fp32 rows that share the decoding
 constexpr int MOST_ROWS = GROUP * SHARING;     // that do
@@ -27,19 +27,19 @@ constexpr int PATTERN = LANES_OF_TILE;         // exact inputs of a tile in the 
 
 struct Linear {
   const LinearCall& call;
-  const bool exact, of_bytes;      // whether the rows are fp32, and inputs bytes
+  const bool exact, of_bytes;      // whether the rows are fp32, and inputs made of bytes
   const int64_t blocks, columns;   // of the input, of tiles
   const int64_t groups, chunks;    // of rows that are multiplied together, of groups that share the decoding
   const int64_t width;             // columns of tiles that a thread takes at a time
-  const int parts;                 // bytes of an input, where it is of bytes, otherwise one
-  const Fused* const with;         // what multiplies while it decodes, null for nothing
-  const int inputs;                // dwords of a tile's inputs for it
+  const bool is_byte;              // whether those have 8 bits
+  const Fused* const with;         // what multiplies while it decodes, null for nothing,
+  const Inputs kind;               // inputs that it takes,
+  const int inputs;                // and their dwords for a tile
   const Decoder decode;
   const CodeUnits units;
   Buffer<float> sums;              // [rows, out]: the product before it is rotated, where threads share blocks of the output
   Buffer<float> values;            // [rows, in_tiles, PATTERN]: exact inputs
-  Buffer<int32_t> arranged;        // [rows, in_tiles, inputs]: whole inputs for `with`,
-  Buffer<int32_t> byte_totals;     // [blocks, rows, parts]: and the sums of their bytes
+  Buffer<int32_t> arranged;        // [rows, in_tiles, inputs]: whole inputs for `with`
   Buffer<int16_t> whole;           // [blocks, rows, 8, ROW_INPUTS], in the order of `arrange_row`: other whole inputs,
   Buffer<float> scales;            // [blocks, rows]: their scales,
   Buffer<int32_t> totals;          // [blocks, rows]: and sums
@@ -54,17 +54,17 @@ struct Linear {
         groups(groups_of(call)),
         chunks(chunks_of(call)),
         width(width),
-        parts(!of_bytes || has_byte_inputs(call.trellis.twice_bits) ? 1 : 2),
-        with(is_few(call) && fused_with && fused_with->has(call.trellis.codebook, int(call.rows)) ? fused_with : nullptr),
-        inputs(with ? with->sizes[parts - 1] : 0),
+        is_byte(of_bytes && has_byte_inputs(call.trellis.twice_bits)),
+        with(is_few(call) ? fused_with : nullptr),
+        kind(with ? with->inputs(call.trellis.codebook, int(call.rows), is_byte) : Inputs::NONE),
+        inputs(kind == Inputs::NONE ? 0 : dwords_of(kind) * with->copies),
         decode(exact ? decoder<StreamOrder>(call.trellis.twice_bits, call.trellis.codebook)
                      : decoder<RowsOrder>(call.trellis.twice_bits, call.trellis.codebook)),
         units(UNITS[call.trellis.codebook]),
         sums(width < BLOCK_TILES ? call.rows * columns * TILE : 0),
         values(exact ? call.rows * call.trellis.in_tiles * PATTERN : 0),
         arranged(call.rows * call.trellis.in_tiles * inputs),
-        byte_totals(with && of_bytes ? call.rows * blocks * parts : 0),
-        whole(exact || with ? 0 : call.rows * call.trellis.in_tiles * ROW_INPUTS),
+        whole(exact || inputs ? 0 : call.rows * call.trellis.in_tiles * ROW_INPUTS),
         scales(exact ? 0 : call.rows * blocks),
         totals(exact ? 0 : call.rows * blocks),
         left(chunks * columns / BLOCK_TILES) {
@@ -134,8 +134,8 @@ struct Linear {
       rounded[i] = int16_t(finite ? number : 0);
       total += rounded[i];
     }
-    if (with)
-      arrange(rounded, row, block);
+    if (inputs)
+      with->arrange(rounded, kind, arranged.data + (row * blocks + block) * BLOCK_TILES * inputs);
     else
       arrange_row(rounded, number, rows_of(group), whole_of(group, block));
     scales.data[index] = finite ? scale : NAN;
@@ -143,21 +143,12 @@ struct Linear {
   }
 
   float scale_of(const float* data, float largest) const {
-    if (of_bytes) return largest / float(parts == 1 ? LARGEST_BYTE : LARGEST_TWO_BYTES);
+    if (of_bytes) return largest / float(is_byte ? LARGEST_BYTE : LARGEST_TWO_BYTES);
     float scale = largest / float(units.largest_input);
     if (largest_inputs(units) >= BLOCK * units.largest_input) return scale;
     double total = 0;
     for (int i = 0; i < BLOCK; ++i) total += std::fabs(data[i]);
     return std::max(scale, float(total / largest_inputs(units)));
-  }
-
-  void arrange(const int16_t* rounded, int64_t row, int64_t block) const {
-    with->arrange(rounded, call.trellis.codebook, parts, arranged.data + (row * blocks + block) * BLOCK_TILES * inputs);
-    for (int part = 0; of_bytes && part < parts; ++part) {
-      int32_t total = 0;
-      for (int i = 0; i < BLOCK; ++i) total += byte_of(rounded[i], part, parts);
-      byte_totals.data[(block * call.rows + row) * parts + part] = total;
-    }
   }
 
   // The sums of some columns of tiles and some rows: `sum` [rows, 16 width].
@@ -179,7 +170,7 @@ struct Linear {
     if (exact) {
       for (int64_t i = 0; i < width; ++i) multiply_values(part, i);
     } else {
-      with ? multiply_fused(part) : multiply_whole(part);
+      inputs ? multiply_fused(part) : multiply_whole(part);
       finish_units(part);
     }
     if (shared && left.data[chunk * (columns / BLOCK_TILES) + block].fetch_sub(int(width)) > width) return;
@@ -197,10 +188,10 @@ struct Linear {
   }
 
   void multiply_fused(const Part& part) const {
-    FusedProduct product = with->product(call.trellis.codebook, call.trellis.twice_bits, int(part.rows), parts);
+    FusedProduct product = with->product(call.trellis.codebook, call.trellis.twice_bits, int(part.rows), kind);
     for (int64_t i = 0; i < width; i += FUSED_COLUMNS) {
       FusedCall some{call.trellis.data + (part.column + i) * call.trellis.column_stride, call.trellis.row_stride,
-                     call.trellis.column_stride, blocks, arranged.data, byte_totals.data, scales.data, {}};
+                     call.trellis.column_stride, blocks, arranged.data, totals.data, scales.data, {}};
       for (int64_t row = 0; row < part.rows; ++row) some.sums[row] = part.at(row, i);
       product(some);
     }
