@@ -226,14 +226,8 @@ class Exl3HfQuantizer(HfQuantizer):
             found, state = self.file_names
             prefix, layers = model.base_model_prefix, self.plan.modules
             in_files = names_in_files(found, weight_conversions, prefix, state, layers=layers)
-            return [
-                Exl3FileNames(in_files),
-                *weight_conversions,
-                names,
-                Exl3Stacks(self.plan.stacks),
-                stored,
-                Exl3Failure(self),
-            ]
+            renamings = [Exl3FileNames(in_files), *weight_conversions, names, Exl3Stacks(self.plan.stacks)]
+            return [*renamings, stored, Exl3Failure(self)]
         return with_transforms(weight_conversions, self)
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs) -> bool:

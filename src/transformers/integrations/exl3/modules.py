@@ -280,14 +280,9 @@ class Exl3Linear(Exl3Module, nn.Linear):
     def bias(self) -> torch.Tensor | None:
         """The bias `[out_features]` as others read it, in the dtype of `weight`: to be read only where it is stored otherwise."""
         stored = self.stored_bias
-        if (
-            stored is None
-            or stored.is_meta
-            or self.pending
-            or hasattr(stored, "to_local")
-            or hasattr(self, "_hf_hook")
-        ):
-            return stored  # what is placed or moved is the parameter itself
+        is_moved = hasattr(stored, "to_local") or hasattr(self, "_hf_hook")  # by what takes the parameter itself
+        if stored is None or stored.is_meta or self.pending or is_moved:
+            return stored
         is_same = stored.dtype is self.plain_dtype and len(stored) <= self.out_features
         return stored if is_same else self._read_only("bias", (self.out_features,))
 
