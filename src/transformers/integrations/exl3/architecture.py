@@ -28,14 +28,7 @@ FUSED = {
 }
 
 # What the projections of one expert are called, and what they do.
-EXPERT_ROLES = {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "w1": "gate",
-    "w3": "up",
-    "w2": "down",
-}
+EXPERT_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 EXPERT_PARAMETERS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
 
 # Converters fold a constant into weights of these architectures, which their runtime takes out again (by `model_type`).

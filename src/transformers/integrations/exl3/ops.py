@@ -285,12 +285,7 @@ def _(x, trellis, suh, svh, bias, codebook, out_features):
 
 @torch.library.custom_op("exl3::linear_input_grad", mutates_args=())
 def linear_input_grad(
-    grad: torch.Tensor,
-    trellis: torch.Tensor,
-    suh: torch.Tensor,
-    svh: torch.Tensor,
-    codebook: str,
-    in_features: int,
+    grad: torch.Tensor, trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor, codebook: str, in_features: int
 ) -> torch.Tensor:
     """The gradient of `linear` in its input: `grad` `[..., out_features]` to `[..., in_features]`, in the dtype of `grad`."""
     check_product(grad, trellis, suh, svh, None, in_features, is_transposed=True)

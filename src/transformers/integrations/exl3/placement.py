@@ -27,23 +27,10 @@ import torch
 from torch import nn
 
 from ...conversion_mapping import get_model_conversion_mapping
-from ...core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    apply_renamings,
-    rename_source_key,
-)
+from ...core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings, rename_source_key
 from ...pytorch_utils import Conv1D
 from . import format
-from .architecture import (
-    EXPERT_PARAMETERS,
-    EXPERT_ROLES,
-    FUSED,
-    is_experts,
-    is_linear,
-    linear_sizes,
-)
+from .architecture import EXPERT_PARAMETERS, EXPERT_ROLES, FUSED, is_experts, is_linear, linear_sizes
 from .building import Builder
 from .checkpoint import Checkpoint, Exl3CheckpointError, cut_columns
 from .embeddings import Exl3Embedding, Exl3TiedHead
