@@ -41,13 +41,8 @@ if is_torch_available():
 
 
 VECTORS = ("avx512vnni", "avx512", "avx2", "base")  # with kernels of their own
-ISAS = (
-    *VECTORS,
-    "avx512vlvnni",
-    "avxvnni",
-    "i8mm",
-    "dotprod",
-)  # those with products of one and two rows of their own, too
+# Those with products of one and two rows of their own, too, and of many rows.
+ISAS = (*VECTORS, "avx512vlvnni", "avxvnni", "i8mm", "dotprod", "amx")
 RATES = [
     (isa, bits, codebook)
     for isa in ISAS
@@ -61,9 +56,16 @@ TOLERANCES = {"float32": 1e-6, "float16": 6e-4, "bfloat16": 2.5e-3}
 
 
 BYTE_INPUTS = 8e-3  # the same, of inputs of 8 bits
+MATRICES = 3.5e-3  # of inputs and weights that are rounded to bfloat16
+
+
+def goes_by_matrices(rows, dtype):
+    return rows >= reference.MATRIX_ROWS and dtype == "bfloat16" and cpu.kernels().isa() == "amx"
 
 
 def tolerance(rows, dtype, bits, codebook):
+    if goes_by_matrices(rows, dtype):
+        return MATRICES
     is_byte = rows <= 2 and dtype != "float32" and codebook == "mul1" and bits <= 4
     return BYTE_INPUTS if is_byte else TOLERANCES[dtype]
 
@@ -120,7 +122,7 @@ class Exl3LinearKernelTest(KernelTest):
 
     @parameterized.expand(DTYPES)
     def test_every_instruction_set_and_number_of_threads_gives_the_same_bytes(self, dtype):
-        for rows, codebook in ((19, "mcg"), (1, "mul1"), (2, "mul1")):
+        for rows, codebook in ((15, "mcg"), (1, "mul1"), (2, "mul1")):
             self._check_bytes(torch.randn(rows, 640).to(getattr(torch, dtype)), codebook)
 
     def _check_bytes(self, x, codebook):
@@ -146,6 +148,8 @@ class Exl3LinearKernelTest(KernelTest):
         self.assertLess(rms_error(y, x.float() @ weight.T), tolerance(rows, dtype, 4, codebook))
         # Each row gives the same bytes whichever others it is among, but for the few that are fused.
         alone = 1 if rows <= 2 or codebook == "mcg" or dtype == "float32" else 3
+        if goes_by_matrices(rows, dtype):
+            alone = reference.MATRIX_ROWS
         for row in range(rows - alone + 1):
             torch.testing.assert_close(
                 self.multiply(x[row : row + alone], arguments, 384), y[row : row + alone], rtol=0, atol=0
@@ -171,6 +175,39 @@ class Exl3LinearKernelTest(KernelTest):
             x[0, :128], x[1, 128:] = 0, 1e3
             y = self.multiply(x, arguments, 384)
             torch.testing.assert_close(y, reference.linear(x, *arguments), rtol=0, atol=0)
+
+    @parameterized.expand(itertools.product((1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8), format.CODEBOOKS))
+    def test_many_rows_are_those_of_rounded_matrices(self, bits, codebook):
+        self.force("amx")
+        arguments, _ = self.layer(640, 384, bits, codebook)
+        for rows in (16, 40):
+            x = torch.randn(rows, 640).bfloat16()
+            y, expected = self.multiply(x, arguments, 384), reference.matrix_linear(x, *arguments)
+            self.assertLess(rms_error(y, expected), 5e-4)  # of the last bits, where sums are rounded otherwise
+            torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-8 * expected.float().std().item())
+
+    @parameterized.expand([(128, 128), (256, 1152), (384, 4736), (128, 33024)])
+    def test_many_rows_give_the_same_bytes_however_they_are_divided(self, in_features, out_features):
+        """Single columns, one block or two at a time and parts of unequal size, chunks of rows, and several threads."""
+        self.force("amx")
+        arguments, _ = self.layer(in_features, out_features, 2)
+        x = torch.randn(540, in_features).bfloat16()
+        torch.set_num_threads(1)
+        expected = self.multiply(x, arguments, out_features)
+        self.assertTrue(expected.isfinite().all())
+        for rows, threads in ((540, 2), (540, 3), (512, 7), (520, 1), (17, 2), (33, 3)):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(self.multiply(x[:rows], arguments, out_features), expected[:rows], rtol=0, atol=0)
+
+    def test_many_rows_that_are_not_finite_are_alone(self):
+        self.force("amx")
+        arguments, _ = self.layer(bias=False)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            x = torch.randn(18, 256).bfloat16()
+            x[16, 200] = value
+            y = self.multiply(x, arguments, 384)
+            self.assertFalse(y[16].isfinite().any())
+            self.assertTrue(y[:16].isfinite().all() and y[17].isfinite().all())
 
     @parameterized.expand(format.CODEBOOKS)
     def test_the_largest_sums_are_exact(self, codebook):

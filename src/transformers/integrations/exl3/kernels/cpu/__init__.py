@@ -16,9 +16,10 @@ The door to the compiled CPU kernels: those of the hub where they are to be had,
 compiled them. Where both are missing, `is_available()` says so once and everything runs on the torch reference.
 
 The environment variable `EXL3_CPU_ISA` forces an instruction set, otherwise the best that the machine has is taken:
-`avx512vnni` (with VBMI), `avx512vlvnni` (without), `avx512`, `avxvnni`, `avx2`, on aarch64 `i8mm` or `dotprod`, and everywhere
-`base`. Results are the same bytes on all of them, and on any number of threads: `torch.get_num_threads()` are used, those of
-torch's own OpenMP library where it has one.
+`amx` (on Linux), `avx512vnni` (with VBMI), `avx512vlvnni` (without), `avx512`, `avxvnni`, `avx2`, on aarch64 `i8mm` or `dotprod`,
+and everywhere `base`. Results are the same bytes on any number of threads, and on all instruction sets but `amx`, which multiplies
+16 and more rows of bfloat16 as bfloat16 matrices. `torch.get_num_threads()` are used, those of torch's own OpenMP library where
+it has one.
 
 Activations of 16 bits are rounded to whole numbers after their rotation. For one or two rows and the mul1 codebook these have 8
 bits at rates up to 4 bits per weight, otherwise 16; `EXL3_CPU_INPUT_BITS` (`8` or `16`) decides for all rates.

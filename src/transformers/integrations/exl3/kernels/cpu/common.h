@@ -310,6 +310,24 @@ struct RowsCall {
   int64_t sums_stride;
 };
 
+// Some columns of tiles times rows of bfloat16 numbers, by instructions that multiply matrices of 16 rows ("groups").
+constexpr int MATRIX_ROWS = 16, MATRIX_SHARING = 32;  // of a group, and groups that share the decoding
+struct MatrixCall {
+  Trellis trellis;         // from the first of these columns on
+  int64_t width;           // columns, an even number
+  const uint16_t* inputs;  // [blocks, groups, 4, 16, 32], blocks `block_stride` apart
+  int64_t block_stride, groups;
+  float* sums;             // [16 groups, 16 width], rows `stride` apart
+  int64_t stride;
+};
+
+// How an instruction set does that.
+struct Matrices {
+  int64_t least;                                     // rows for which it is faster
+  float (*arrange)(const float* block, uint16_t* to);  // 128 inputs of a row to [4, 16, 32], and what they add up to there
+  void (*multiply)(const MatrixCall&);
+};
+
 constexpr uint32_t MULTIPLIERS[NUM_CODEBOOKS] = {89226354, 0xCBAC1FED, 0x83DCD12D};  // as in format.py
 constexpr uint32_t THREE_INST_ADDEND = 64248484;
 // The bits below its exponent that a half of 0x3B603B60 flips, and the first bit of a mantissa, which fp16 leaves out.

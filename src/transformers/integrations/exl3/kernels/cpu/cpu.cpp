@@ -30,6 +30,10 @@
 #define EXL3_X86 1
 #include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own headers of AVX-512 give both
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -199,6 +203,16 @@ namespace avx512vnni {
 #undef EXL3_VNNI
 }  // namespace avx512vnni
 EXL3_END_TARGET
+
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define EXL3_AMX 1
+EXL3_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+namespace amx {
+using namespace avx512vnni;
+#include "matrix_amx.h"
+}  // namespace amx
+EXL3_END_TARGET
+#endif
 #endif
 
 #if defined(EXL3_ARM) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
@@ -224,18 +238,19 @@ EXL3_END_TARGET
 struct Isa {
   const char* name;
   void (*search)(const SearchJob&, int twice_bits, int threads);
-  void (*multiply)(const LinearCall*, int64_t count, int threads, const Fused*);
+  void (*multiply)(const LinearCall*, int64_t count, int threads, const Fused*, const Matrices*);
   void (*mix)(const MixCall&, int threads);
   void (*rotate)(const RotateCall&, int threads);
   void (*decode)(const DecodeCall&, int threads);
   void (*dequantize)(const DecodeCall&, int threads);
-  bool many_rows;      // `MANY_ROWS`
-  const Fused* fused;  // null for none
+  bool many_rows;            // `MANY_ROWS`
+  const Fused* fused;        // null for none
+  const Matrices* matrices;  // the same
 };
 
-#define EXL3_ISA(name, kernels, fused) \
+#define EXL3_ISA(name, kernels, fused, matrices) \
   {name, kernels::search, kernels::multiply, kernels::mix, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
-   kernels::MANY_ROWS, fused}
+   kernels::MANY_ROWS, fused, matrices}
 
 #if defined(EXL3_ARM_DOT)
 // Whether this machine has what macOS calls `name`, and Linux a bit of its first or second word of capabilities.
@@ -252,6 +267,27 @@ bool has_arm([[maybe_unused]] const char* name, [[maybe_unused]] bool is_second,
 }
 #endif
 
+#if defined(EXL3_X86)
+// Whether matrices of bfloat16 numbers are multiplied by one instruction here.
+bool has_amx() {
+  static const bool found = [] {  // asked once: virtual machines take microseconds to answer
+    unsigned eax, ebx, ecx, edx = 0;
+    constexpr unsigned AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24;  // of leaf 7, in edx
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & AMX_BF16 && edx & AMX_TILE;
+  }();
+  return found;
+}
+#endif
+
+#if defined(EXL3_AMX)
+// Asks Linux for the registers of AMX, which it gives to processes that do.
+bool may_use_amx() {
+  constexpr long REQUEST = 0x1023, REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
+  static const bool given = has_amx() && syscall(SYS_arch_prctl, REQUEST, REGISTERS) == 0;
+  return given;
+}
+#endif
+
 bool has(const char* name) {
   auto is = [&](const char* other) { return !std::strcmp(name, other); };
 #if defined(EXL3_X86)
@@ -261,6 +297,9 @@ bool has(const char* name) {
   bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   unsigned eax = 0, ebx, ecx, edx;
   constexpr unsigned AVX_VNNI = 1 << 4;  // of leaf 7, part 1, in eax
+#if defined(EXL3_AMX)
+  if (is("amx")) return vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") && may_use_amx();
+#endif
   if (is("avx512vnni")) return vnni && __builtin_cpu_supports("avx512vbmi");
   if (is("avx512vlvnni")) return vnni;
   if (is("avx512")) return avx512;
@@ -279,18 +318,21 @@ bool has(const char* name) {
 const Isa* isa() {
   static const Isa isas[] = {
 #if defined(EXL3_X86)
-      EXL3_ISA("avx512vnni", avx512vnni, &avx512vnni::FUSED),
-      EXL3_ISA("avx512vlvnni", avx512, &fused_avx512vlvnni::FUSED),
-      EXL3_ISA("avx512", avx512, &fused_avx2::FUSED),
+#if defined(EXL3_AMX)
+      EXL3_ISA("amx", avx512vnni, &avx512vnni::FUSED, &amx::MATRICES),
+#endif
+      EXL3_ISA("avx512vnni", avx512vnni, &avx512vnni::FUSED, nullptr),
+      EXL3_ISA("avx512vlvnni", avx512, &fused_avx512vlvnni::FUSED, nullptr),
+      EXL3_ISA("avx512", avx512, &fused_avx2::FUSED, nullptr),
 #if defined(EXL3_AVX_VNNI)
-      EXL3_ISA("avxvnni", avx2, &fused_avxvnni::FUSED),
+      EXL3_ISA("avxvnni", avx2, &fused_avxvnni::FUSED, nullptr),
 #endif
-      EXL3_ISA("avx2", avx2, &fused_avx2::FUSED),
+      EXL3_ISA("avx2", avx2, &fused_avx2::FUSED, nullptr),
 #elif defined(EXL3_ARM_DOT)
-      EXL3_ISA("i8mm", base, &fused_i8mm::FUSED),
-      EXL3_ISA("dotprod", base, &fused_dotprod::FUSED),
+      EXL3_ISA("i8mm", base, &fused_i8mm::FUSED, nullptr),
+      EXL3_ISA("dotprod", base, &fused_dotprod::FUSED, nullptr),
 #endif
-      EXL3_ISA("base", base, nullptr),
+      EXL3_ISA("base", base, nullptr, nullptr),
   };
   const char* wanted = std::getenv("EXL3_CPU_ISA");
   for (const Isa& candidate : isas)
@@ -330,19 +372,16 @@ EXPORT int32_t exl3_multiplies_bfloat16() {
 #endif
 }
 
-// Whether `exl3_linear` is faster here than to decode a weight and to multiply by it, for any number of rows of 16 bits. Where
-// whole tiles are multiplied by one instruction (AMX), a matrix product of bfloat16 numbers is.
+// Whether `exl3_linear` is faster here than to decode a weight and to multiply by it, for any number of rows of 16 bits. Without
+// AMX of our own, a matrix product of bfloat16 numbers is where torch has it.
 EXPORT int32_t exl3_multiplies_many_rows() {
-#if defined(EXL3_X86)
-  static const bool multiplies_tiles = [] {  // asked once: virtual machines take microseconds to answer
-    unsigned eax, ebx, ecx, edx = 0;
-    constexpr unsigned AMX_BF16 = 1 << 22;  // of leaf 7, in edx
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & AMX_BF16;
-  }();
-  if (multiplies_tiles) return 0;
-#endif
   const Isa* used = isa();
-  return used && used->many_rows;
+  if (!used || !used->many_rows) return 0;
+#if defined(EXL3_X86)
+  return used->matrices || !has_amx();
+#else
+  return 1;
+#endif
 }
 
 // The parallel regions of the OpenMP library that torch computes on, null for none.
@@ -362,7 +401,7 @@ EXPORT int32_t exl3_linear(const LinearCall* calls, int64_t count, int32_t threa
   for (int64_t i = 0; i < count; ++i)
     if (rate_index(calls[i].trellis.twice_bits) < 0) return NO_SUCH_RATE;
   if (input_bits_wanted() < 0) return NO_SUCH_INPUT_BITS;
-  return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads, isa.fused); });
+  return run(RATES[0], [&](const Isa& isa) { isa.multiply(calls, count, threads, isa.fused, isa.matrices); });
 }
 
 // `ops.grouped_linear` for each of `count` calls, which share the threads: for their groups of at most `most` rows.

@@ -19,6 +19,7 @@ from ... import format
 from ...format import hadamard
 
 
+MATRIX_ROWS = 16  # of bfloat16 numbers, from which on AMX multiplies them
 FUSED_ROWS = 2  # up to which a mul1 weight has inputs of 8 bits, or of two bytes that are signed numbers each
 FUSED_INPUTS = {8: 127, 16: 127 * 256 + 127}
 # Of mcg and 3inst a whole input times 8, the largest power of two of their fp16 numbers, has 16 bits.
@@ -81,4 +82,29 @@ def linear(
         sums += (whole[:, block].double() @ weights).float() * scale  # the products are exact
         total += whole[:, block].sum(-1, keepdim=True) * scale
     y = hadamard(sums * STEP[codebook] + total * START[codebook]) * svh.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def matrix_linear(
+    x: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str = "mul1",
+) -> torch.Tensor:
+    """
+    `x @ W + bias` with the rotated `x`, and codes less their middle, rounded to bfloat16: what AMX multiplies, whose sums are fp32.
+
+    Args:
+        x (`torch.Tensor`): bfloat16 `[rows, in]`.
+        trellis, suh, svh, bias (`torch.Tensor`): As of `ops.linear`, without padding.
+        codebook (`str`, *optional*, defaults to `"mul1"`): One of `format.CODEBOOKS`.
+
+    Returns:
+        `torch.Tensor`: bfloat16 `[rows, out]`.
+    """
+    rounded = hadamard(x.float() * suh.float()).bfloat16().double()
+    sums = rounded @ codes(trellis, codebook).bfloat16().double()
+    y = hadamard((sums * STEP[codebook] + rounded.sum(-1, keepdim=True) * START[codebook]).float()) * svh.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
