@@ -197,7 +197,9 @@ class Exl3LinearKernelTest(KernelTest):
         self.assertTrue(expected.isfinite().all())
         for rows, threads in ((540, 2), (540, 3), (512, 7), (520, 1), (17, 2), (33, 3)):
             torch.set_num_threads(threads)
-            torch.testing.assert_close(self.multiply(x[:rows], arguments, out_features), expected[:rows], rtol=0, atol=0)
+            torch.testing.assert_close(
+                self.multiply(x[:rows], arguments, out_features), expected[:rows], rtol=0, atol=0
+            )
 
     def test_many_rows_that_are_not_finite_are_alone(self):
         self.force("amx")

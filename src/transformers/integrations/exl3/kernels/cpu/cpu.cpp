@@ -234,6 +234,8 @@ namespace fused_i8mm {
 EXL3_END_TARGET
 #endif
 
+#include "processor.h"
+
 // One instruction set's kernels.
 struct Isa {
   const char* name;
@@ -251,68 +253,6 @@ struct Isa {
 #define EXL3_ISA(name, kernels, fused, matrices) \
   {name, kernels::search, kernels::multiply, kernels::mix, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
    kernels::MANY_ROWS, fused, matrices}
-
-#if defined(EXL3_ARM_DOT)
-// Whether this machine has what macOS calls `name`, and Linux a bit of its first or second word of capabilities.
-bool has_arm([[maybe_unused]] const char* name, [[maybe_unused]] bool is_second, [[maybe_unused]] unsigned long bit) {
-#if defined(__APPLE__)
-  int there = 0;
-  size_t size = sizeof there;
-  return !sysctlbyname(name, &there, &size, nullptr, 0) && there;
-#elif defined(__linux__)
-  return (getauxval(is_second ? AT_HWCAP2 : AT_HWCAP) & bit) != 0;
-#else
-  return false;
-#endif
-}
-#endif
-
-#if defined(EXL3_X86)
-// Whether matrices of bfloat16 numbers are multiplied by one instruction here.
-bool has_amx() {
-  static const bool found = [] {  // asked once: virtual machines take microseconds to answer
-    unsigned eax, ebx, ecx, edx = 0;
-    constexpr unsigned AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24;  // of leaf 7, in edx
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & AMX_BF16 && edx & AMX_TILE;
-  }();
-  return found;
-}
-#endif
-
-#if defined(EXL3_AMX)
-// Asks Linux for the registers of AMX, which it gives to processes that do.
-bool may_use_amx() {
-  constexpr long REQUEST = 0x1023, REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
-  static const bool given = has_amx() && syscall(SYS_arch_prctl, REQUEST, REGISTERS) == 0;
-  return given;
-}
-#endif
-
-bool has(const char* name) {
-  auto is = [&](const char* other) { return !std::strcmp(name, other); };
-#if defined(EXL3_X86)
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  unsigned eax = 0, ebx, ecx, edx;
-  constexpr unsigned AVX_VNNI = 1 << 4;  // of leaf 7, part 1, in eax
-#if defined(EXL3_AMX)
-  if (is("amx")) return vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") && may_use_amx();
-#endif
-  if (is("avx512vnni")) return vnni && __builtin_cpu_supports("avx512vbmi");
-  if (is("avx512vlvnni")) return vnni;
-  if (is("avx512")) return avx512;
-  if (is("avxvnni")) return avx2 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & AVX_VNNI;
-  if (is("avx2")) return avx2;
-#elif defined(EXL3_ARM_DOT)
-  constexpr unsigned long DOTPROD = 1 << 20, I8MM = 1 << 13;  // Linux's HWCAP_ASIMDDP and HWCAP2_I8MM
-  bool dotprod = has_arm("hw.optional.arm.FEAT_DotProd", false, DOTPROD);
-  if (is("i8mm")) return dotprod && has_arm("hw.optional.arm.FEAT_I8MM", true, I8MM);
-  if (is("dotprod")) return dotprod;
-#endif
-  return is("base");
-}
 
 // The best that this machine has, or the one that EXL3_CPU_ISA names; null where that is none of this machine's.
 const Isa* isa() {
@@ -362,15 +302,7 @@ EXPORT int32_t exl3_abi_version() { return ABI_VERSION; }
 EXPORT const char* exl3_isa() { return isa() ? isa()->name : nullptr; }
 
 // Whether products of bfloat16 numbers are instructions of this machine.
-EXPORT int32_t exl3_multiplies_bfloat16() {
-#if defined(EXL3_X86)
-  return __builtin_cpu_supports("avx512bf16") != 0;
-#elif defined(__aarch64__) && defined(__linux__)
-  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
-#else
-  return 0;
-#endif
-}
+EXPORT int32_t exl3_multiplies_bfloat16() { return has_bfloat16(); }
 
 // Whether `exl3_linear` is faster here than to decode a weight and to multiply by it, for any number of rows of 16 bits. Without
 // AMX of our own, a matrix product of bfloat16 numbers is where torch has it.

@@ -36,14 +36,12 @@ template <int RATE, int BOOK, int PAIR>
 static inline Integers pair_of(Integers words) {
   constexpr bool MANY_SHUFFLES = BOOK != MUL1 || WINDOWS<RATE>.states == 2;
   Integers first = MANY_SHUFFLES ? cut_state<RATE, 2 * PAIR>(words) : state<RATE, 2 * PAIR>(words);
-  Integers second = state<RATE, 2 * PAIR + 1>(words);
-  if constexpr (BOOK == MUL1) {
-    const Integers ones = _mm512_set1_epi8(1);
-    second = _mm512_slli_epi32(codes_of<RATE, BOOK>(second), 16);
-    return _mm512_dpbusd_epi32(second, multiply(first, MULTIPLIERS[MUL1]), ones);
-  }
+  Integers second = codes_of<RATE, BOOK>(state<RATE, 2 * PAIR + 1>(words));
+  second = _mm512_slli_epi32(second, 16);
+  if constexpr (BOOK == MUL1) return _mm512_dpbusd_epi32(second, multiply(first, MULTIPLIERS[MUL1]), _mm512_set1_epi8(1));
   constexpr __mmask32 UPPER_HALVES = 0xAAAAAAAA;
-  return _mm512_mask_blend_epi16(UPPER_HALVES, codes_of<RATE, BOOK>(first), _mm512_slli_epi32(codes_of<RATE, BOOK>(second), 16));
+  first = codes_of<RATE, BOOK>(first);
+  return _mm512_mask_blend_epi16(UPPER_HALVES, first, second);
 }
 
 struct PairOrder {
