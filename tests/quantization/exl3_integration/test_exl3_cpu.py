@@ -60,7 +60,7 @@ MATRICES = 3.5e-3  # of inputs and weights that are rounded to bfloat16
 
 
 def goes_by_matrices(rows, dtype):
-    return rows >= reference.MATRIX_ROWS and dtype == "bfloat16" and cpu.kernels().isa() == "amx"
+    return cpu.kernels().isa() == "amx" and rows >= reference.MATRIX_ROWS and dtype == "bfloat16"
 
 
 def tolerance(rows, dtype, bits, codebook):
@@ -122,16 +122,17 @@ class Exl3LinearKernelTest(KernelTest):
 
     @parameterized.expand(DTYPES)
     def test_every_instruction_set_and_number_of_threads_gives_the_same_bytes(self, dtype):
-        for rows, codebook in ((15, "mcg"), (1, "mul1"), (2, "mul1")):
-            self._check_bytes(torch.randn(rows, 640).to(getattr(torch, dtype)), codebook)
+        for rows, codebook in ((19, "mcg"), (1, "mul1"), (2, "mul1")):
+            self._check_bytes(torch.randn(rows, 640).to(getattr(torch, dtype)), dtype, codebook)
 
-    def _check_bytes(self, x, codebook):
+    def _check_bytes(self, x, dtype, codebook):
         arguments, _ = self.layer(640, 896, 3, codebook)
-        results = [self.multiply(x, arguments, 896)]
+        results = [] if goes_by_matrices(len(x), dtype) else [self.multiply(x, arguments, 896)]
         for isa, threads in itertools.product(ISAS, (1, 2, 3)):
             with patch.dict(os.environ, EXL3_CPU_ISA=isa):
                 try:
-                    cpu.kernels().isa()
+                    if goes_by_matrices(len(x), dtype):
+                        continue
                 except ValueError:
                     continue
                 torch.set_num_threads(threads)

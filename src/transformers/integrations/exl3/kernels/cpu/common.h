@@ -323,7 +323,7 @@ struct MatrixCall {
 
 // How an instruction set does that.
 struct Matrices {
-  int64_t least;                                     // rows for which it is faster
+  int64_t least;                                       // rows for which it is faster
   float (*arrange)(const float* block, uint16_t* to);  // 128 inputs of a row to [4, 16, 32], and what they add up to there
   void (*multiply)(const MatrixCall&);
 };

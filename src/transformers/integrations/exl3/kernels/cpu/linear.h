@@ -19,7 +19,8 @@
 // of a block are exact. Both errors are about 5e-4 of the result or less, a quarter of what rounding it to bf16 adds.
 //
 // For one or two rows and a mul1 weight, inputs have 8 bits or 16. Instruction sets that have a `Fused` multiply one or two rows
-// while they decode, the same bytes as otherwise.
+// while they decode, the same bytes as otherwise. One that has `Matrices` multiplies many rows of bfloat16 as they are after their
+// rotation, rounded to bfloat16 again, with codes that are rounded like that.
 
 constexpr int EXACT_SHARING = 16;              // fp32 rows that share the decoding
 constexpr int MOST_ROWS = GROUP * SHARING;     // that do
@@ -78,7 +79,7 @@ struct Linear {
   }
 
   int64_t preparations() const { return groups * blocks; }
-  int64_t unit() const { return std::min<int64_t>(width, BLOCK_TILES); }  // columns that one thread takes
+  int64_t unit() const { return std::min<int64_t>(width, BLOCK_TILES); }  // columns that stay together
   int64_t parts() const { return (columns + width - 1) / width; }          // of a chunk
   int64_t products() const { return chunks * parts(); }
   // Floats that a thread writes its sums to.

@@ -13,7 +13,7 @@
 // limitations under the License.
 
 
-// Many rows of bfloat16 numbers, with AMX, whose registers ("T") are matrices. A weight is decoded for 256 inputs and 32 columns at
+// Many rows of bfloat16 numbers, with AMX, whose registers are matrices. A weight is decoded for 256 inputs and 32 columns at
 // a time, as `windows_avx512.h` says, to pairs of neighbouring rows of 16 columns:
 //     vpmulld, vpdpbusd            codes less their middle; of mcg and 3inst sums of halves as in `vectors_avx512.h`,
 //     vcvtdq2ps, vcvtne2ps2bf16    two rows to bfloat16,
@@ -67,7 +67,8 @@ static inline void decode_pairs(const int16_t* tile, uint16_t* to, std::integer_
    ...);
 }
 
-// `count` tiles that are `stride` words apart to bfloat16 [count, 8, 16, 2]: pairs of rows, of which each is of 16 columns.
+// `count` tiles that are `stride` words apart to bfloat16 [count, 8, 16, 2]: pairs of rows, of which each is of 16 columns. `decoder`
+// of `rotation.h` is compiled without AVX512-BF16, and could not take this inline.
 template <int RATE, int BOOK>
 static void decode_column(const int16_t* tile, int64_t stride, int64_t ahead, int64_t count, uint16_t* to) {
   for (; count > 0; --count, tile += stride, to += TILE_SIZE) {
