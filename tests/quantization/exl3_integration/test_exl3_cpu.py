@@ -48,7 +48,7 @@ RATES = [
     for isa in ISAS
     for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
     for codebook in ("3inst", "mcg", "mul1")
-    if codebook == "mul1" or (bits == int(bits) and isa in VECTORS)
+    if codebook == "mul1" or bits == int(bits)
 ]
 DTYPES = ("float32", "float16", "bfloat16")
 # Relative RMS errors: of fp32 sums, and of what 16-bit inputs and results are rounded to.

@@ -47,6 +47,8 @@ constexpr int RATES[] = {2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};  // `format.BITS`
 constexpr int NUM_RATES = sizeof RATES / sizeof *RATES;
 
 enum Status { OK = 0, NO_SUCH_RATE = 1, OUT_OF_MEMORY = 2, NO_SUCH_ISA = 3, NO_SUCH_INPUT_BITS = 4, NO_SUCH_ROWS = 5 };
+// When products of any number of rows are faster than to decode a weight first: where torch's have no such instructions.
+enum ManyRows { NEVER, WITHOUT_BFLOAT16, WITHOUT_AMX };
 enum Codebook { THREE_INST, MCG, MUL1, NUM_CODEBOOKS };  // the order of `format.CODEBOOKS`
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };               // the order of `cpu.DTYPES`
 
@@ -263,16 +265,21 @@ int input_bits_wanted() {
 
 // What a product that decodes takes as a dword of its inputs.
 enum class Inputs {
-  NONE,       // it takes none: to decode the weight first is faster
-  BYTES,      // an input of 8 bits, four times
-  TWO_BYTES,  // the upper byte of one of 16 bits, four times, and the lower one: signed numbers, in a dword each
-  NUMBERS,    // one of 16 bits, twice
-  PAIRS,      // two of 16 bits, of neighbouring rows of the weight
+  NONE,            // it takes none: to decode the weight first is faster
+  BYTES,           // an input of 8 bits, four times
+  TWO_BYTES,       // the upper byte of one of 16 bits, four times, and the lower one: signed numbers, in a dword each
+  NUMBERS,         // one of 16 bits, twice
+  PAIRS,           // two of 16 bits, of neighbouring rows of the weight
+  PAIRS_OF_BYTES,  // two of 8 bits, of such rows, each twice
 };
-constexpr int states_of(Inputs kind) { return kind == Inputs::PAIRS ? 2 : 1; }      // whose inputs are in a dword
+constexpr bool are_pairs(Inputs kind) { return kind == Inputs::PAIRS || kind == Inputs::PAIRS_OF_BYTES; }
+constexpr int states_of(Inputs kind) { return are_pairs(kind) ? 2 : 1; }            // whose inputs are in a dword
 constexpr int planes_of(Inputs kind) { return kind == Inputs::TWO_BYTES ? 2 : 1; }  // dwords for an input
 constexpr int dwords_of(Inputs kind) { return TILE * planes_of(kind) / states_of(kind); }  // for a tile
 inline int32_t four_bytes(int byte) { return int32_t(uint8_t(byte) * 0x01010101u); }
+inline int32_t two_bytes_twice(int first, int second) {
+  return int32_t(uint8_t(first) * 0x0101u | uint8_t(second) * 0x01010000u);
+}
 inline int32_t two_numbers(int16_t number) { return int32_t(uint16_t(number) * 0x00010001u); }
 
 // Some columns of tiles times whole inputs. The sums of a block are below 2**31, so that those of its parts may wrap around.

@@ -154,18 +154,20 @@ namespace avx2 {
 #undef EXL3_VNNI
 }  // namespace avx2
 namespace fused_avx2 {
+using namespace avx2;
 #define EXL3_DOT EXL3_DOT_NONE
-#include "fused_avx2.h"
+#include "fused_pairs.h"
 #undef EXL3_DOT
 }  // namespace fused_avx2
 EXL3_END_TARGET
 
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define EXL3_AVX_VNNI 1
-EXL3_TARGET("avx2,avxvnni")
+EXL3_TARGET("avx2,f16c,avxvnni")
 namespace fused_avxvnni {
+using namespace avx2;
 #define EXL3_DOT EXL3_DOT_VEX
-#include "fused_avx2.h"
+#include "fused_pairs.h"
 #undef EXL3_DOT
 }  // namespace fused_avxvnni
 EXL3_END_TARGET
@@ -183,10 +185,11 @@ namespace avx512 {
 }  // namespace avx512
 EXL3_END_TARGET
 
-EXL3_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+EXL3_TARGET("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace fused_avx512vlvnni {
+using namespace avx2;
 #define EXL3_DOT EXL3_DOT_EVEX
-#include "fused_avx2.h"
+#include "fused_pairs.h"
 #undef EXL3_DOT
 }  // namespace fused_avx512vlvnni
 EXL3_END_TARGET
@@ -245,34 +248,34 @@ struct Isa {
   void (*rotate)(const RotateCall&, int threads);
   void (*decode)(const DecodeCall&, int threads);
   void (*dequantize)(const DecodeCall&, int threads);
-  bool many_rows;            // `MANY_ROWS`
+  ManyRows many_rows;        // `MANY_ROWS`
   const Fused* fused;        // null for none
   const Matrices* matrices;  // the same
 };
 
-#define EXL3_ISA(name, kernels, fused, matrices) \
-  {name, kernels::search, kernels::multiply, kernels::mix, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
-   kernels::MANY_ROWS, fused, matrices}
+#define EXL3_ISA(name, kernels, products, fused, matrices) \
+  {name, kernels::search, products::multiply, kernels::mix, kernels::rotate_rows, kernels::decode_all, kernels::dequantize_all, \
+   products::MANY_ROWS, fused, matrices}
 
 // The best that this machine has, or the one that EXL3_CPU_ISA names; null where that is none of this machine's.
 const Isa* isa() {
   static const Isa isas[] = {
 #if defined(EXL3_X86)
 #if defined(EXL3_AMX)
-      EXL3_ISA("amx", avx512vnni, &avx512vnni::FUSED, &amx::MATRICES),
+      EXL3_ISA("amx", avx512vnni, avx512vnni, &avx512vnni::FUSED, &amx::MATRICES),
 #endif
-      EXL3_ISA("avx512vnni", avx512vnni, &avx512vnni::FUSED, nullptr),
-      EXL3_ISA("avx512vlvnni", avx512, &fused_avx512vlvnni::FUSED, nullptr),
-      EXL3_ISA("avx512", avx512, &fused_avx2::FUSED, nullptr),
+      EXL3_ISA("avx512vnni", avx512vnni, avx512vnni, &avx512vnni::FUSED, nullptr),
+      EXL3_ISA("avx512vlvnni", avx512, avx2, &fused_avx512vlvnni::FUSED, nullptr),
+      EXL3_ISA("avx512", avx512, avx2, &fused_avx2::FUSED, nullptr),
 #if defined(EXL3_AVX_VNNI)
-      EXL3_ISA("avxvnni", avx2, &fused_avxvnni::FUSED, nullptr),
+      EXL3_ISA("avxvnni", avx2, avx2, &fused_avxvnni::FUSED, nullptr),
 #endif
-      EXL3_ISA("avx2", avx2, &fused_avx2::FUSED, nullptr),
+      EXL3_ISA("avx2", avx2, avx2, &fused_avx2::FUSED, nullptr),
 #elif defined(EXL3_ARM_DOT)
-      EXL3_ISA("i8mm", base, &fused_i8mm::FUSED, nullptr),
-      EXL3_ISA("dotprod", base, &fused_dotprod::FUSED, nullptr),
+      EXL3_ISA("i8mm", base, base, &fused_i8mm::FUSED, nullptr),
+      EXL3_ISA("dotprod", base, base, &fused_dotprod::FUSED, nullptr),
 #endif
-      EXL3_ISA("base", base, nullptr, nullptr),
+      EXL3_ISA("base", base, base, nullptr, nullptr),
   };
   const char* wanted = std::getenv("EXL3_CPU_ISA");
   for (const Isa& candidate : isas)
@@ -308,12 +311,11 @@ EXPORT int32_t exl3_multiplies_bfloat16() { return has_bfloat16(); }
 // AMX of our own, a matrix product of bfloat16 numbers is where torch has it.
 EXPORT int32_t exl3_multiplies_many_rows() {
   const Isa* used = isa();
-  if (!used || !used->many_rows) return 0;
+  if (!used) return 0;
 #if defined(EXL3_X86)
-  return used->matrices || !has_amx();
-#else
-  return 1;
+  if (used->many_rows == WITHOUT_AMX) return used->matrices || !has_amx();
 #endif
+  return used->many_rows == WITHOUT_BFLOAT16 && !has_bfloat16();
 }
 
 // The parallel regions of the OpenMP library that torch computes on, null for none.

@@ -21,9 +21,9 @@
 //     vpternlogd  the mantissas of both halves,
 //     vpsrlw, vpermi2w   the powers of two that belong to them, from a table of their products with the input,
 //     vpdpwssd    the sum of their products.
-// Otherwise two codes are decoded to a dword, as `rows_avx512.h` says, and
+// Otherwise two codes are decoded to a dword, as `windows_avx512.h` says, and
 //     vpdpwssd    multiplied by two inputs at once.
-// `fused.h` does mul1's on vectors of 128 and 256 bits.
+// `fused_pairs.h` does the same on vectors of 256 bits.
 
 // The codes of one step of FUSED_COLUMNS tiles, times the inputs of the rows that they are of.
 template <int RATE, int BOOK, int ROWS, Inputs KIND, int STEP>

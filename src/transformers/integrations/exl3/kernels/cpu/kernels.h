@@ -20,12 +20,20 @@
 #if EXL3_VNNI
 #include "windows_avx512.h"
 
-#include "rows_avx512.h"
-#else
-#include "rows.h"
-#endif
+#include "rows_pairs.h"
 
 #include "linear.h"
+#elif EXL3_LANES == 8
+#include "windows_avx2.h"
+
+#include "rows_pairs.h"
+
+#include "linear.h"
+#elif EXL3_LANES < 8
+#include "rows.h"
+
+#include "linear.h"
+#endif
 
 #include "mix.h"
 

@@ -12,14 +12,14 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// A block of the input times decoded codes, row by row, on what a vectors_*.h has. rows_avx512.h does the same for many rows.
+// A block of the input times decoded codes, row by row, on what vectors_base.h has. rows_pairs.h does the same for many rows.
 
 using RowsOrder = StreamOrder;        // of the codes
 constexpr int GROUP = 1;              // rows of the input that are kept together
 constexpr int SHARING = 48;           // groups that share the decoding
 constexpr int COLUMNS = 1;            // of tiles, that they take at a time
 constexpr int ROW_INPUTS = 32;        // inputs of a tile in the order of codes, twice: for a column and the one 8 on
-constexpr bool MANY_ROWS = false;     // whether this is faster for any number of rows than a matrix product
+constexpr ManyRows MANY_ROWS = NEVER;
 
 constexpr int feature_of(int place) {
   int lane = place % ROW_INPUTS / LANE_CODES;

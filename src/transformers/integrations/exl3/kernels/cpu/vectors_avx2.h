@@ -103,22 +103,6 @@ static inline void store_codes(int16_t* to, Integers even, Integers odd) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_packs_epi32(even, odd));
 }
 
-EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
-  constexpr int AT_A_TIME = 8;  // as many sums as there are registers for
-  for (int part = 0; part < TILE_SIZE; part += AT_A_TIME * CODES, sums += AT_A_TIME * CODES / 2) {
-    Integers total[AT_A_TIME];
-    for (Integers& lanes : total) lanes = _mm256_setzero_si256();
-    for (int tile = 0; tile < BLOCK_TILES; ++tile) {
-      const int16_t* some = codes + tile * TILE_SIZE + part;
-      Integers input[2] = {load(inputs + tile * 32), load(inputs + tile * 32 + CODES)};
-#pragma GCC unroll 8
-      for (int i = 0; i < AT_A_TIME; ++i)
-        total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(input[i % 2], load(some + i * CODES)));
-    }
-    for (int i = 0; i < AT_A_TIME; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(sums + i * 8), total[i]);
-  }
-}
-
 static inline __m128i values_of(const int16_t* codes, CodeUnits units) {
   __m256i wide = _mm256_cvtepi16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes)));
   __m256 exact = _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(units.step));

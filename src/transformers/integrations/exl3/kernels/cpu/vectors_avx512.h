@@ -156,21 +156,6 @@ static inline void store_codes(int16_t* to, Integers even, Integers odd) {
   _mm512_store_si512(to, _mm512_packs_epi32(even, odd));
 }
 
-#if !EXL3_VNNI
-// The products of neighbouring codes [tiles][256] and inputs [tiles][32], added up, to `sums` [32][4].
-EXL3_NOINLINE static void add_products(const int16_t* codes, const int16_t* inputs, int32_t* sums) {
-  Integers total[TILE_SIZE / CODES];
-  for (Integers& lanes : total) lanes = _mm512_setzero_si512();
-  for (int tile = 0; tile < BLOCK_TILES; ++tile, codes += TILE_SIZE, inputs += 32) {
-    Integers input = load(inputs);
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_SIZE / CODES; ++i)
-      total[i] = _mm512_add_epi32(total[i], _mm512_madd_epi16(input, load(codes + i * CODES)));
-  }
-  for (int i = 0; i < TILE_SIZE / CODES; ++i, sums += 16) _mm512_store_si512(sums, total[i]);
-}
-#endif
-
 // 256 codes of a tile to the order of its transpose, rows side by side.
 static inline void transpose_codes(const int16_t* codes, int16_t* transposed) {
   for (int i = 0; i < TILE / 2; ++i) {
