@@ -31,21 +31,24 @@ static inline void add_bytes(Integers& sums, Integers inputs, Integers bytes) { 
 static inline void add_words(Integers& sums, Integers inputs, Integers codes) { add_pairs(sums, inputs, codes); }
 #endif
 
+// The halves of products are added to sums of their own, since each addition waits five cycles for the one before.
+constexpr int sums_of(Inputs kind) { return kind == Inputs::PAIRS_OF_BYTES ? 2 : 1; }
+
 template <int RATE, int BOOK, int ROWS, Inputs KIND, int... I>
-static inline void multiply_tile(const int16_t* tile, const int32_t* const (&inputs)[ROWS], Integers (&sums)[2][ROWS],
-                                 std::integer_sequence<int, I...>) {
+static inline void multiply_tile(const int16_t* tile, const int32_t* const (&inputs)[ROWS],
+                                 Integers (&sums)[2][ROWS][sums_of(KIND)], std::integer_sequence<int, I...>) {
   const Columns<RATE> columns(tile);
-  auto add = [&](Products products, int rows, Integers (&half)[ROWS]) {
+  auto add = [&](Products products, int rows, Integers (&half)[ROWS][sums_of(KIND)]) {
     for (int row = 0; row < ROWS; ++row) {
       Integers input = in_all_lanes(inputs[row][row_of(rows / 2, rows % 2 * 2) / 2]);
 #if EXL3_DOT != EXL3_DOT_NONE
       if constexpr (KIND == Inputs::PAIRS_OF_BYTES) {
-        add_bytes(half[row], input, products.low);
-        add_bytes(half[row], input, products.high);
+        add_bytes(half[row][0], input, products.low);
+        add_bytes(half[row][1], input, products.high);
         continue;
       }
 #endif
-      add_words(half[row], input, codes_of<BOOK>(products));
+      add_words(half[row][0], input, codes_of<BOOK>(products));
     }
   };
   (add(products_of<BOOK>(columns.template states<place_of_pair(I / 2, I % 2)>()), I / 2, sums[I % 2]), ...);
@@ -57,9 +60,9 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
   for (int64_t block = 0; block < call.blocks; ++block)
     for (int column = 0; column < FUSED_COLUMNS; ++column) {
       const int16_t* tile = call.column + column * call.column_stride + block * BLOCK_TILES * call.row_stride;
-      Integers sums[2][ROWS];
+      Integers sums[2][ROWS][sums_of(KIND)] = {};
       for (auto& half : sums)
-        for (int row = 0; row < ROWS; ++row) half[row] = in_all_lanes(-UNITS[BOOK].middle * call.totals[block * ROWS + row]);
+        for (int row = 0; row < ROWS; ++row) half[row][0] = in_all_lanes(-UNITS[BOOK].middle * call.totals[block * ROWS + row]);
       for (int i = 0; i < BLOCK_TILES; ++i, tile += call.row_stride) {
         prefetch<16 * RATE>(tile + call.ahead(block * BLOCK_TILES + i));
         const int32_t* inputs[ROWS];
@@ -70,7 +73,9 @@ EXL3_NOINLINE static void fused_columns(const FusedCall& call) {
       for (int row = 0; row < ROWS; ++row)
         for (int half = 0; half < 2; ++half) {
           float* to = call.sums[row] + column * TILE + half * CODES / 2;
-          Real exact = __builtin_convertvector((Places)sums[half][row], Real);
+          Places whole = (Places)sums[half][row][0];
+          if constexpr (sums_of(KIND) == 2) whole += (Places)sums[half][row][1];
+          Real exact = __builtin_convertvector(whole, Real);
           store_real(to, load_real(to) + exact * call.scales[block * ROWS + row]);
         }
     }
