@@ -41,7 +41,8 @@ struct Columns {
   static inline __m128i piece(const int16_t* tile) {
     constexpr int FROM = first(COLUMN) + PIECE, LAST = TILE_DWORDS - 4;
     __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 2 * (FROM < LAST ? FROM : LAST)));
-    return FROM <= LAST ? loaded : _mm_srli_si128(loaded, 4 * (FROM - LAST) % 16);
+    if constexpr (FROM <= LAST) return loaded;
+    else return _mm_srli_si128(loaded, 4 * (FROM - LAST));
   }
 
   template <int COLUMN, int PIECE>
@@ -137,7 +138,7 @@ static inline Integers codes_of(Products products) {
   return _mm256_add_epi16(_mm256_maddubs_epi16(products.low, ones), _mm256_maddubs_epi16(products.high, ones));
 }
 
-// Of the pairs of a column: its rows, and whether it is of the column 8 on.
+// Which of the pairs of codes of a column two rows have, and those of the column 8 on.
 constexpr int place_of_pair(int rows, int half) { return rows / 2 * 4 + half * 2 + rows % 2; }
 
 template <int RATE, int BOOK, int... I>
