@@ -307,8 +307,8 @@ EXPORT const char* exl3_isa() { return isa() ? isa()->name : nullptr; }
 // Whether products of bfloat16 numbers are instructions of this machine.
 EXPORT int32_t exl3_multiplies_bfloat16() { return has_bfloat16(); }
 
-// Whether `exl3_linear` is faster here than to decode a weight and to multiply by it, for any number of rows of 16 bits. Without
-// AMX of our own, a matrix product of bfloat16 numbers is where torch has it.
+// Whether `exl3_linear` is faster here than to decode a weight and to multiply by it, for any number of rows of 16 bits: with AMX
+// of our own always, otherwise where torch lacks what `ManyRows` names.
 EXPORT int32_t exl3_multiplies_many_rows() {
   const Isa* used = isa();
   if (!used) return 0;

@@ -33,7 +33,7 @@
 #include "rows.h"
 
 #include "linear.h"
-#endif
+#endif  // AVX-512 without VBMI takes the products of AVX2
 
 #include "mix.h"
 

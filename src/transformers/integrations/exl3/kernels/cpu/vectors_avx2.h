@@ -88,16 +88,21 @@ static inline Integers sum_bytes(Integers a) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
 }
 
-static inline Integers sum_halves(Integers product) {
-  const Integers powers = _mm256_setr_epi8(4, 8, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
-                                        4, 8, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  Integers exponents = _mm256_and_si256(_mm256_srli_epi16(product, 10), _mm256_set1_epi16(3));
-  exponents = _mm256_or_si256(exponents, _mm256_set1_epi16(int16_t(0x8000)));  // nothing in the upper byte
+static inline Integers powers_of(Integers product) {
+  // Of a byte, four bits count: two of the exponent, and two above them that do not matter. The upper byte is nothing.
+  const Integers powers = _mm256_setr_epi8(4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2,  //
+                                           4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2);
+  Integers exponents = _mm256_or_si256(_mm256_srli_epi16(product, 10), _mm256_set1_epi16(int16_t(0x8000)));
+  return _mm256_shuffle_epi8(powers, exponents);
+}
+
+static inline Integers mantissas_of(Integers product) {
   Integers mantissas = _mm256_and_si256(product, _mm256_set1_epi16(0x3FF));
   mantissas = _mm256_xor_si256(mantissas, _mm256_set1_epi16(MANTISSA_FLIPS | HIDDEN_BIT));
-  mantissas = _mm256_sign_epi16(mantissas, _mm256_or_si256(product, _mm256_set1_epi16(1)));
-  return _mm256_madd_epi16(mantissas, _mm256_shuffle_epi8(powers, exponents));
+  return _mm256_sign_epi16(mantissas, _mm256_or_si256(product, _mm256_set1_epi16(1)));
 }
+
+static inline Integers sum_halves(Integers product) { return _mm256_madd_epi16(mantissas_of(product), powers_of(product)); }
 
 static inline void store_codes(int16_t* to, Integers even, Integers odd) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_packs_epi32(even, odd));

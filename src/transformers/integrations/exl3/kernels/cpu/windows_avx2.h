@@ -99,18 +99,6 @@ struct Columns {
   }
 };
 
-// A half of a product, an fp16 number, as `sum_halves` of vectors_avx2.h has it.
-static inline Integers whole_of_half(Integers half) {
-  // Bytes of which four bits count: two of the exponent, and two that do not matter. Upper bytes are 0.
-  const Integers powers = _mm256_setr_epi8(4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2,  //
-                                           4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 1, 2);
-  Integers exponents = _mm256_or_si256(_mm256_srli_epi16(half, 10), _mm256_set1_epi16(int16_t(0x8000)));
-  Integers mantissas = _mm256_and_si256(half, _mm256_set1_epi16(0x3FF));
-  mantissas = _mm256_xor_si256(mantissas, _mm256_set1_epi16(MANTISSA_FLIPS | HIDDEN_BIT));
-  mantissas = _mm256_sign_epi16(mantissas, _mm256_or_si256(half, _mm256_set1_epi16(1)));
-  return _mm256_mullo_epi16(mantissas, _mm256_shuffle_epi8(powers, exponents));
-}
-
 // 16 states times the codebook's multiplier.
 struct Products {
   Integers low, high;  // halves
@@ -133,12 +121,16 @@ static inline Products products_of(Integers states) {
 
 template <int BOOK>
 static inline Integers codes_of(Products products) {
-  if constexpr (BOOK != MUL1) return _mm256_add_epi16(whole_of_half(products.low), whole_of_half(products.high));
+  if constexpr (BOOK != MUL1) {
+    Integers low = _mm256_mullo_epi16(mantissas_of(products.low), powers_of(products.low));
+    Integers high = _mm256_mullo_epi16(mantissas_of(products.high), powers_of(products.high));
+    return _mm256_add_epi16(low, high);
+  }
   const Integers ones = _mm256_set1_epi8(1);
   return _mm256_add_epi16(_mm256_maddubs_epi16(products.low, ones), _mm256_maddubs_epi16(products.high, ones));
 }
 
-// Which of the pairs of codes of a column two rows have, and those of the column 8 on.
+// Where in the stream of a column, counted in pairs, the codes of two of its rows are, or those of the column 8 on.
 constexpr int place_of_pair(int rows, int half) { return rows / 2 * 4 + half * 2 + rows % 2; }
 
 template <int RATE, int BOOK, int... I>
